@@ -1,0 +1,201 @@
+"""From one draw of q(u; λ) to the values of several sites, and back to their joint density.
+
+A group of latents is drawn jointly, but Pyro wants one ``pyro.sample`` per site. A :class:`Joint` cuts
+the draw into slices, one :class:`SiteDistribution` per site maps its slice to the site's support. Every
+site scores its own Jacobian; the last one also scores log q of the whole group, at the values that the
+sites really took. Replayed, conditioned and detached values are therefore scored exactly, and a group of
+one site needs no special treatment: its only site is the last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.distributions.score_parts import ScoreParts
+from pyro.ops.provenance import detach_provenance
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import Transform
+
+from pyro_guides.distributions.transforms import is_identity, strip_independent
+from pyro_guides.distributions.vector import Shape, VectorDistribution, score_parts
+
+__all__ = ["Joint", "Piece", "SiteDistribution"]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """How one site gets from its slice of u to its support.
+
+    Attributes:
+        transform: the bijection from unconstrained values to the support.
+        unconstrained_shape: the shape that the bijection takes, without plates.
+        support: the site's support.
+        event_shape: the site's event shape.
+        mask: which elements are scored, ``(*batch, *leading event dims)``; all of them if None.
+        mask_event_dim: how many dimensions of ``mask`` belong to the event.
+    """
+
+    transform: Transform
+    unconstrained_shape: torch.Size
+    support: Constraint
+    event_shape: torch.Size
+    mask: Tensor | None = None
+    mask_event_dim: int = 0
+
+    def constrain(self, u: Tensor) -> Tensor:
+        """The site's value from its slice of u, ``(*batch, size) -> (*batch, *event_shape)``."""
+        shaped = u.reshape(u.shape[:-1] + self.unconstrained_shape)
+        return shaped if is_identity(self.transform) else self.transform(shaped)
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        """The inverse of :meth:`constrain`."""
+        shaped = value if is_identity(self.transform) else self.transform.inv(value)
+        batch = shaped.shape[: shaped.dim() - len(self.unconstrained_shape)]
+        return shaped.reshape(*batch, self.unconstrained_shape.numel())
+
+    def log_jacobian(self, u: Tensor, value: Tensor) -> Tensor:
+        """Log of the volume change from u to value over the scored elements, ``(*batch)``."""
+        batch_dim = u.dim() - 1
+        shaped = u.reshape(u.shape[:-1] + self.unconstrained_shape)
+        jacobian = strip_independent(self.transform).log_abs_det_jacobian(shaped, value)
+        if self.mask is not None:
+            extra = jacobian.dim() - batch_dim - self.mask_event_dim
+            mask = self.mask.reshape(self.mask.shape + (1,) * extra)
+            jacobian = torch.where(mask, jacobian, torch.zeros_like(jacobian))
+        return jacobian.flatten(batch_dim).sum(-1) if jacobian.dim() > batch_dim else jacobian
+
+
+@final
+class Joint:
+    """One draw of u shared by the sites of a group.
+
+    Args:
+        distribution: q(u; λ).
+        bounds: where each site's slice of u starts and stops, in order; the last site scores q.
+    """
+
+    def __init__(self, distribution: VectorDistribution, bounds: Mapping[str, tuple[int, int]]) -> None:
+        self.distribution = distribution
+        self.bounds = bounds
+        self.last = list(bounds)[-1]
+        self._pieces: dict[str, Piece] = {}
+        self._draw: Tensor | None = None
+        self._drawn: dict[str, Tensor] = {}
+        self._values: dict[str, Tensor] = {}
+
+    def site(self, name: str, piece: Piece) -> SiteDistribution:
+        """The distribution that ``pyro.sample(name, ...)`` takes."""
+        self._pieces[name] = piece
+        return SiteDistribution(self, name, piece, self.distribution.batch_shape)
+
+    def expand(self, batch_shape: torch.Size) -> None:
+        """Grow to the plates around the first site; the other sites follow."""
+        self.distribution = self.distribution.expand(batch_shape)
+
+    def draw(self, name: str) -> Tensor:
+        """The value of one site from the group's joint draw, which the first caller makes."""
+        if self._draw is None:
+            self._draw = self.distribution()
+        value = self._pieces[name].constrain(self._draw[..., slice(*self.bounds[name])])
+        self._drawn[name] = value
+        return value
+
+    def take(self, name: str, value: Tensor) -> Tensor:
+        """Note the value that a site took, and return its unconstrained slice ``(..., size)``."""
+        value = detach_provenance(value)
+        self._values[name] = value
+        return self._unconstrained(name)
+
+    def unconstrained(self) -> Tensor:
+        """U of the whole group at the values its sites took, ``(..., D)``."""
+        if self._draw is not None and all(map(self._is_own, self.bounds)):
+            return self._draw
+        parts = [self._unconstrained(name) for name in self.bounds]
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
+
+    def _unconstrained(self, name: str) -> Tensor:
+        if self._draw is not None and self._is_own(name):
+            return self._draw[..., slice(*self.bounds[name])]
+        return self._pieces[name].unconstrain(self._values[name])
+
+    def _is_own(self, name: str) -> bool:
+        return name in self._drawn and self._values[name] is self._drawn[name]
+
+
+@final
+class SiteDistribution(TorchDistribution):
+    """One site's share of a :class:`Joint`: its slice of the draw, constrained.
+
+    ``log_prob`` is minus the site's log-Jacobian, plus log q of the whole group at the last site; the
+    sum over the group's sites is the exact joint log density.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(self, joint: Joint, name: str, piece: Piece, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, piece.event_shape, validate_args=False)
+        self.joint = joint
+        self.name = name
+        self.piece = piece
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws carry gradients, as the group's distribution says."""
+        return self.joint.distribution.has_rsample
+
+    @constraints.dependent_property
+    def support(self) -> Constraint:
+        """The site's own support."""
+        return self.piece.support
+
+    def expand(self, batch_shape: Shape, _instance: SiteDistribution | None = None) -> SiteDistribution:
+        """Pyro expands every site in a plate; only a real growth makes a new object."""
+        if torch.Size(batch_shape) == self.batch_shape:
+            return self
+        self.joint.expand(torch.Size(batch_shape))
+        return SiteDistribution(self.joint, self.name, self.piece, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Shape = ()) -> Tensor:
+        """The site's part of the joint draw."""
+        if sample_shape:
+            raise NotImplementedError(
+                f"site '{self.name}' is drawn jointly with its group: put the guide into a "
+                f"pyro.plate instead of asking for sample_shape={tuple(sample_shape)}"
+            )
+        return self.joint.draw(self.name)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The site's share of the group's log density, ``(*batch_shape)``."""
+        jacobian = self._log_jacobian(value)
+        if not self._is_last:
+            return -jacobian
+        return self.joint.distribution.log_prob(self.joint.unconstrained()) - jacobian
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """As :meth:`log_prob`, with the gradient estimator of the group's distribution."""
+        jacobian = self._log_jacobian(value)
+        if not self._is_last:
+            return score_parts(-jacobian, -jacobian)
+        parts = self.joint.distribution.score_parts(self.joint.unconstrained())
+        return ScoreParts(parts.log_prob - jacobian, parts.score_function, parts.entropy_term - jacobian)
+
+    @property
+    def _is_last(self) -> bool:
+        return self.name == self.joint.last
+
+    def _log_jacobian(self, value: Tensor) -> Tensor:
+        u = self.joint.take(self.name, value)
+        if is_identity(self.piece.transform):
+            return u.new_zeros(()).expand(self._batch_of(u))
+        jacobian = self.piece.log_jacobian(u, detach_provenance(value))
+        return jacobian.expand(self._batch_of(u))
+
+    def _batch_of(self, u: Tensor) -> torch.Size:
+        return torch.broadcast_shapes(u.shape[:-1], self.batch_shape)

@@ -1,0 +1,9 @@
+"""What kind of distribution q(u; λ) is."""
+
+from pyro_guides.families.base import BoundFamily as BoundFamily
+from pyro_guides.families.base import Family as Family
+from pyro_guides.families.normal import DiagonalNormal as DiagonalNormal
+from pyro_guides.families.normal import FullRankNormal as FullRankNormal
+from pyro_guides.families.normal import LowRankNormal as LowRankNormal
+
+__all__ = ["BoundFamily", "DiagonalNormal", "Family", "FullRankNormal", "LowRankNormal"]

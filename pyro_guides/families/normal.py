@@ -1,0 +1,195 @@
+"""Normal families: diagonal, full-rank and low-rank."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_guides.distributions import (
+    CholeskyScale,
+    DiagonalScale,
+    LowRankScale,
+    Scale,
+    VectorNormal,
+)
+from pyro_guides.families.base import BoundFamily, Family
+
+__all__ = ["DiagonalNormal", "FullRankNormal", "LowRankNormal"]
+
+# Keeps log q and its gradients finite when an encoder overshoots; far below any posterior's scale.
+_SMALLEST_SCALE = 1e-6
+# Zero directions would be a saddle point: their gradient vanishes with them.
+_INITIAL_DIRECTIONS = 0.01
+
+
+@final
+@dataclass(frozen=True)
+class DiagonalNormal(Family):
+    r"""Independent normals: :math:`q(u) = \prod_d N(u_d; \mu_d, s_d^2)`, λ = (μ, s), W = 2D.
+
+    The cheapest family. It finds the posterior means of nearly normal posteriors, but its standard
+    deviations are the conditional ones, too small whenever latents are correlated.
+
+    Args:
+        stick_the_landing: drop the zero-mean part of the entropy's gradient, so that the gradient's
+            variance vanishes when q is exact (Roeder et al. 2017, arXiv:1703.09194).
+
+    Source: Diederik P. Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2014, arXiv:1312.6114.
+
+    Example:
+        >>> import torch
+        >>> q = DiagonalNormal().bind(2)
+        >>> q(q.initial(torch.zeros(2), 0.5)).variance
+        tensor([0.2500, 0.2500])
+    """
+
+    stick_the_landing: bool = True
+
+    def bind(self, size: int) -> BoundFamily:
+        return _BoundDiagonal(size, stick_the_landing=self.stick_the_landing)
+
+
+@final
+@dataclass(frozen=True)
+class FullRankNormal(Family):
+    r"""The normal with any covariance: :math:`u = \mu + \mathrm{diag}(s)(I + T)\varepsilon`.
+
+    T is strictly lower triangular and starts at zero, so the family starts as the diagonal one.
+    λ = (μ, s, T) has W = 2D + D(D - 1)/2 values; beyond D of about 32 take :class:`LowRankNormal`.
+
+    Args:
+        stick_the_landing: see :class:`DiagonalNormal`.
+
+    Source: Michalis Titsias, Miguel Lázaro-Gredilla, "Doubly Stochastic Variational Bayes for
+    non-Conjugate Inference", ICML 2014.
+
+    Example:
+        >>> import torch
+        >>> q = FullRankNormal().bind(3)
+        >>> q(q.initial(torch.zeros(7, 3), 0.1)).rsample((5,)).shape
+        torch.Size([5, 7, 3])
+    """
+
+    stick_the_landing: bool = True
+
+    def bind(self, size: int) -> BoundFamily:
+        return _BoundFullRank(size, stick_the_landing=self.stick_the_landing)
+
+
+@final
+@dataclass(frozen=True)
+class LowRankNormal(Family):
+    r"""A normal correlated along few directions: :math:`u = \mu + \mathrm{diag}(d)(I + UU^T)\varepsilon`.
+
+    U is D × r. Determinant and inverse cost O(D r²), and the map is always invertible.
+    λ = (μ, d, U) has W = (2 + r) D values.
+
+    Args:
+        rank: r, at least 1.
+        stick_the_landing: see :class:`DiagonalNormal`.
+
+    Raises:
+        ValueError: ``rank`` is less than 1.
+
+    Source: Victor M.-H. Ong, David J. Nott, Michael S. Smith, "Gaussian Variational Approximation with
+    a Factor Covariance Structure", 2018, arXiv:1701.03208 (another parameterization of the idea).
+
+    Example:
+        >>> LowRankNormal(2).bind(100).width
+        400
+    """
+
+    rank: int
+    stick_the_landing: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
+            raise TypeError(f"LowRankNormal: rank must be an int, got {self.rank!r}")
+        if self.rank < 1:
+            raise ValueError(
+                f"LowRankNormal: rank must be at least 1, got {self.rank}; "
+                "for no correlation use DiagonalNormal()"
+            )
+
+    def bind(self, size: int) -> BoundFamily:
+        rank = min(self.rank, size)
+        return _BoundLowRank(size, rank, stick_the_landing=self.stick_the_landing)
+
+
+class _BoundNormal(BoundFamily):
+    """λ = (μ, unconstrained scales, couplings); subclasses say what the couplings couple."""
+
+    has_quantiles = True
+
+    def __init__(self, size: int, couplings: int, *, stick_the_landing: bool) -> None:
+        super().__init__()
+        self.size = size
+        self.width = 2 * size + couplings
+        self.stick_the_landing = stick_the_landing
+
+    @abstractmethod
+    def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
+        """The linear map of u = μ + S ε."""
+
+    def initial_couplings(self, loc: Tensor) -> Tensor:
+        """Couplings that leave q (nearly) diagonal."""
+        return loc.new_zeros(*loc.shape[:-1], self.width - 2 * self.size)
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        raw = torch.full_like(loc, scale - _SMALLEST_SCALE).expm1().log()  # inverse of softplus
+        return torch.cat([loc, raw, self.initial_couplings(loc)], dim=-1)
+
+    def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorNormal:
+        loc, raw, couplings = parameters.split([self.size, self.size, self.width - 2 * self.size], dim=-1)
+        scale = self.scale(softplus(raw) + _SMALLEST_SCALE, couplings, scored)
+        return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
+
+
+@final
+class _BoundDiagonal(_BoundNormal):
+    factorized = True
+
+    def __init__(self, size: int, *, stick_the_landing: bool) -> None:
+        super().__init__(size, 0, stick_the_landing=stick_the_landing)
+
+    def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
+        return DiagonalScale(diagonal, scored)
+
+    def select(self, parameters: Tensor, start: int, stop: int, scored: Tensor | None = None) -> VectorNormal:
+        if (start, stop) == (0, self.size):
+            return self(parameters, scored)
+        loc = parameters[..., start:stop]
+        raw = parameters[..., self.size + start : self.size + stop]
+        scale = DiagonalScale(softplus(raw) + _SMALLEST_SCALE, scored)
+        return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
+
+
+@final
+class _BoundFullRank(_BoundNormal):
+    def __init__(self, size: int, *, stick_the_landing: bool) -> None:
+        super().__init__(size, size * (size - 1) // 2, stick_the_landing=stick_the_landing)
+
+    def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
+        if self.size == 1:
+            return DiagonalScale(diagonal, scored)
+        return CholeskyScale(diagonal, couplings, scored)
+
+
+@final
+class _BoundLowRank(_BoundNormal):
+    def __init__(self, size: int, rank: int, *, stick_the_landing: bool) -> None:
+        super().__init__(size, size * rank, stick_the_landing=stick_the_landing)
+        self.rank = rank
+
+    def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
+        directions = couplings.unflatten(-1, (self.size, self.rank))
+        return LowRankScale(diagonal, directions, scored)
+
+    def initial_couplings(self, loc: Tensor) -> Tensor:
+        shape = (*loc.shape[:-1], self.width - 2 * self.size)
+        return _INITIAL_DIRECTIONS * torch.randn(shape, dtype=loc.dtype, device=loc.device)

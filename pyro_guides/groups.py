@@ -1,0 +1,158 @@
+"""Sorts latents into groups that are drawn jointly, and settles what each group gets.
+
+Latents that share their plates form one group. A user who names a site in ``family={"site": ...}`` gives it
+a group of its own; a plate's name addresses all groups inside that plate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor
+
+from pyro_guides.distributions.sites import Piece
+from pyro_guides.structure import Latent, Structure
+
+__all__ = ["Group", "Masks", "check_keys", "group_latents", "lookup", "masks", "piece"]
+
+T = TypeVar("T")
+
+
+@final
+@dataclass(frozen=True)
+class Group:
+    """Latents drawn jointly.
+
+    Attributes:
+        sites: their names, in the model's order.
+        plates: the plates they share, leftmost dimension first.
+        bounds: where each site lies in u: its first element and the one behind its last.
+    """
+
+    sites: tuple[str, ...]
+    plates: tuple[str, ...]
+    bounds: Mapping[str, tuple[int, int]]
+
+    @property
+    def size(self) -> int:
+        """D: how many unconstrained values one plate element has."""
+        return max(stop for _, stop in self.bounds.values())
+
+    def __str__(self) -> str:
+        return "latents " + ", ".join(f"'{name}'" for name in self.sites)
+
+
+def group_latents(structure: Structure, alone: Sequence[str] = ()) -> list[Group]:
+    """Group latents by their plates; those named in ``alone`` keep to themselves.
+
+    Raises:
+        RuntimeError: the model has no latents.
+    """
+    if not structure.latents:
+        raise RuntimeError(
+            "the model has no latent variables for a guide: check that some pyro.sample site has no "
+            "obs= and is not hidden or enumerated"
+        )
+    members: dict[Any, list[Latent]] = {}
+    for latent in structure.latents.values():
+        key = (latent.plates, latent.name if latent.name in alone else None)
+        members.setdefault(key, []).append(latent)
+    return [_group(latents) for latents in members.values()]
+
+
+def _group(latents: Sequence[Latent]) -> Group:
+    bounds, start = {}, 0
+    for latent in latents:
+        bounds[latent.name] = (start, start + latent.size)
+        start += latent.size
+    return Group(tuple(bounds), latents[0].plates, bounds)
+
+
+def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
+    """What a user's ``choice`` - one object for all groups, or a dict by site or plate - gives a group.
+
+    Raises:
+        ValueError: the dict gives the group's sites or plates different objects.
+    """
+    if not isinstance(choice, Mapping):
+        return choice
+    for names in (group.sites, group.plates):
+        found = [choice[name] for name in names if name in choice]
+        if any(other is not found[0] for other in found):
+            raise ValueError(f"{group} are drawn jointly, but {list(names)} name different choices")
+        if found:
+            return found[0]
+    return None
+
+
+def check_keys(choice: Any, structure: Structure, argument: str) -> None:
+    """Raise a ValueError if a dict names something that is neither a latent nor a latent's plate."""
+    if not isinstance(choice, Mapping):
+        return
+    plates = {name for latent in structure.latents.values() for name in latent.plates}
+    unknown = [key for key in choice if key not in structure.latents and key not in plates]
+    if unknown:
+        raise ValueError(
+            f"{argument}={{...}} names {unknown}, but the model's latents are "
+            f"{list(structure.latents)} and their plates {sorted(plates)}"
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """How a group's masks are applied in one call.
+
+    Attributes:
+        shared: one mask of whole plate elements, for ``poutine.mask``; None if there is none.
+        scored: which elements of u count, ``(*batch, D)``; None if all do.
+        inner: for each site that needs one, its mask and how many of its dimensions are the event's.
+    """
+
+    shared: Tensor | bool | None
+    scored: Tensor | None
+    inner: Mapping[str, tuple[Tensor, int]]
+
+
+def masks(latents: Sequence[Latent]) -> Masks:
+    """Share one mask where all sites have the same; otherwise mask element by element."""
+    first = latents[0].mask
+    if all(latent.mask is first and latent.inner_mask is None for latent in latents):
+        return Masks(first, None, {})
+    inner = {latent.name: _combined(latent) for latent in latents}
+    elements = [_spread(latent, *inner[latent.name]) for latent in latents]
+    batch = torch.broadcast_shapes(*(mask.shape[:-1] for mask in elements))
+    scored = torch.cat([mask.expand(*batch, mask.shape[-1]) for mask in elements], dim=-1)
+    return Masks(None, scored, inner)
+
+
+def _combined(latent: Latent) -> tuple[Tensor, int]:
+    mask = torch.as_tensor(True if latent.mask is None else latent.mask)
+    if latent.inner_mask is None:
+        return mask, 0
+    outer = mask.reshape(mask.shape + (1,) * latent.inner_mask_dim)
+    return latent.inner_mask & outer, latent.inner_mask_dim
+
+
+def _spread(latent: Latent, mask: Tensor, event_dim: int) -> Tensor:
+    """The mask of one site over its unconstrained elements, ``(*batch, size)``."""
+    shape = latent.unconstrained_shape
+    batch = mask.shape[: mask.dim() - event_dim]
+    mask = mask.reshape(mask.shape + (1,) * (len(shape) - event_dim))
+    return mask.expand(*batch, *shape).reshape(*batch, latent.size)
+
+
+def piece(latent: Latent, masks: Masks) -> Piece:
+    """How a latent gets from its slice of u to its support in this call."""
+    mask, mask_event_dim = masks.inner.get(latent.name, (None, 0))
+    return Piece(
+        transform=latent.transform,
+        unconstrained_shape=latent.unconstrained_shape,
+        support=latent.support,
+        event_shape=latent.event_shape,
+        mask=mask,
+        mask_event_dim=mask_event_dim,
+    )

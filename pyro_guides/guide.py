@@ -1,0 +1,468 @@
+"""The guide: binds a model's structure, encoders and families into a Pyro guide."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, final
+
+import pyro
+import torch
+from pyro.infer.autoguide import AutoGuide, init_to_median
+from torch import Tensor, nn
+
+from pyro_guides.calls import Call, subsample_indices
+from pyro_guides.families import Family, FullRankNormal
+from pyro_guides.groups import lookup
+from pyro_guides.heads import LearnedHead
+from pyro_guides.naming import announce, unique_name
+from pyro_guides.network import Network
+from pyro_guides.planning import Plan, build
+from pyro_guides.structure import (
+    Plate,
+    Structure,
+    live_sites,
+    random_subset,
+    read,
+    signature,
+)
+
+if TYPE_CHECKING:
+    from pyro_guides.posterior import Posterior
+
+__all__ = ["AmortizedGuide"]
+
+_KEPT_STRUCTURES = 64
+
+
+@final
+class AmortizedGuide(AutoGuide):
+    r"""A posterior q(z | x) for any Pyro model, with a neural encoder.
+
+    Reads the model, groups its latents by their plates, and gives each group a family q(u; λ) over its
+    unconstrained values. Groups inside the plates of the data are *amortized*: an encoder maps each datum
+    to its λ, so that the guide serves rows never seen in training. Other groups are *learned*: λ is a
+    parameter. Groups are drawn in the model's order, each given those before it that it depends on:
+
+    .. math:: q(z \mid x) = \prod_g q\bigl(u_g; \lambda_g(x, u_{<g})\bigr)\, |\det \partial u_g / \partial z_g|
+
+    Works in place of Pyro's autoguides, under any of its ELBOs. With no data to encode it *is* an ordinary
+    autoguide. Parameters exist after the first call or :meth:`setup`.
+
+    Args:
+        model: a Pyro model; it stays as it is.
+        encoder: a module from rows ``(B, ...)`` to contexts ``(B, C)``, or a dict of them by plate or
+            site; an :class:`~pyro_guides.MLP` if None. If no argument lines up with a latent's plates,
+            an encoder given here reads the data set as a whole, and must return one context ``(C,)``.
+        family: what kind of distribution each group gets; one for all, or a dict by plate or site. A site
+            named here forms a group of its own.
+        inputs: a function of the model's arguments that returns what the encoder reads, or a dict of them
+            by plate or site. If None, it is the float argument whose leading dimensions are the plates.
+        amortize: names of the plates whose latents get an encoder; all that line up with the inputs if
+            None, none if empty.
+        condition_on_upstream: whether λ of a group sees the values of earlier groups.
+        init_loc_fn: where q starts, one of Pyro's ``init_to_...`` functions.
+        init_scale: the standard deviation of unconstrained values at the start.
+        create_plates: as in Pyro's autoguides, a function of the model's arguments that returns plates to
+            use instead of the model's.
+        name: the prefix of the parameters' names; a new one by default, since two guides of one name
+            would share their parameters in Pyro's store.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
+
+    Source: Diederik P. Kingma, Max Welling, "Auto-Encoding Variational Bayes", 2014, arXiv:1312.6114.
+
+    Example:
+        >>> import pyro, torch
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> from pyro_guides import AmortizedGuide, optim
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+        >>> x = torch.randn(100) * 1.25**0.5
+        >>> guide = AmortizedGuide(model)
+        >>> svi = SVI(model, guide, optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> losses = [svi.step(x) for _ in range(300)]
+        >>> guide.median(torch.tensor([1.0]))["z"].shape
+        torch.Size([1])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        family: Family | Mapping[str, Family] | None = None,
+        *,
+        inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
+        amortize: Collection[str] | None = None,
+        condition_on_upstream: bool = True,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._plan = Plan(
+            encoder=encoder,
+            family=FullRankNormal() if family is None else family,
+            inputs=inputs,
+            amortize=amortize,
+            condition_on_upstream=condition_on_upstream,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+        )
+        self._store_name = unique_name(name)
+        self._known: OrderedDict[Hashable, Structure | None] = OrderedDict()
+        self._observed: frozenset[str] = frozenset()
+        self._live: frozenset[str] = frozenset()
+
+    # --- life cycle
+
+    @property
+    def network(self) -> Network:
+        """The trainable part of the guide, once it is set up."""
+        network = self._modules.get("_network")
+        if network is None:
+            raise RuntimeError(
+                "the guide has no parameters yet: call guide.setup(*args) with the model's arguments "
+                "(or the guide itself) first"
+            )
+        return cast("Network", network)
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The family of each group, once the guide is set up."""
+        chosen = (lookup(self._plan.family, part.group) for part in self.network.parts)
+        return tuple(FullRankNormal() if family is None else family for family in chosen)
+
+    @property
+    def is_set_up(self) -> bool:
+        """Whether the guide has read its model and built its parameters."""
+        return "_network" in self._modules
+
+    def setup(self, *args: Any, **kwargs: Any) -> AmortizedGuide:
+        """Read the model and build all parameters; the first call of the guide does it too.
+
+        Called with all rows, it also lets the encoder standardize its inputs with all of them.
+
+        Raises:
+            RuntimeError: the model has no latents.
+            ValueError, TypeError: the model or its arguments do not fit the guide.
+        """
+        if self.is_set_up:
+            return self
+        model = self._require_model()
+        network, structure = build(self._plan, model, args, kwargs)
+        live = frozenset[str]()
+        if len(structure.latents) > 1 and not all(s.fixed for s in structure.latents.values()):
+            live = live_sites(model, args, kwargs)
+        if self.master is not None:
+            self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
+        self._live = live
+        self._observed = frozenset(structure.observed)
+        self._modules["_network"] = network.train(self.training)
+        self._remember(signature(model, args, kwargs), structure)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample all latents; call the guide itself instead.
+
+        Args:
+            *args: the model's arguments.
+            **kwargs: the model's keyword arguments; ``observations`` (a dict of observed values, which
+                Pyro's wake-sleep algorithms pass) replaces the arguments that are observed.
+
+        Returns:
+            The latents' values by name.
+        """
+        call = self._open(args, kwargs)
+        announce(self._store_name, self.network)
+        return call.sample()
+
+    # --- what the posterior is for given data
+
+    def posterior(self, *args: Any, num_draws: int = 1000, **kwargs: Any) -> Posterior:
+        """The posterior of the given rows, which training need not have seen.
+
+        Args:
+            *args: the model's arguments.
+            num_draws: S, how many draws to take.
+            **kwargs: the model's keyword arguments.
+        """
+        from pyro_guides.posterior import Posterior
+
+        return Posterior(self.setup(*args, **kwargs), args, kwargs, num_draws=num_draws)
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Exact log q of given values of all latents, per row: see ``Posterior.log_prob``."""
+        return self.posterior(*args, **kwargs).log_prob(values)
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The median of each latent for the given data, in natural shapes.
+
+        Groups that depend on upstream values are taken at the upstream medians, which is exact where
+        that dependence is linear.
+        """
+        return self.posterior(*args, **kwargs).median()
+
+    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Quantiles of each latent for the given data: see ``Posterior.quantiles``."""
+        return self.posterior(*args, **kwargs).quantiles(quantiles)
+
+    @torch.no_grad()
+    def sample_latent(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """One draw of the unconstrained values u of each group, ``(*batch, D)``."""
+        with pyro.poutine.block():
+            call = self._open(args, kwargs)
+            call.sample()
+        return call.unconstrained
+
+    # --- one call
+
+    def _open(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        structure: Structure | None = None,
+    ) -> Call:
+        """Settle the structure, unless it is given, and open the plates of one call."""
+        kwargs = dict(kwargs)
+        observations = None
+        if "observations" in kwargs and not _accepts(self._model, "observations"):
+            observations = kwargs.pop("observations")
+        self.setup(*args, **kwargs)
+        fresh = structure is None
+        if structure is None:
+            structure = self._structure(args, kwargs, complete=observations is not None)
+        self._check_learned(structure)
+        plates = self._open_plates(structure, args, kwargs, fresh=fresh and structure.static)
+        indices = subsample_indices(plates)
+        if fresh and not structure.static and _differ(structure, indices):
+            structure = self._read(args, kwargs, indices=indices)
+        inputs = _with_observations(structure, args, kwargs, observations)
+        return Call(
+            self.network,
+            structure,
+            plates,
+            *inputs,
+            live=self._live,
+            reread=lambda given: self._read(args, kwargs, given=given, indices=indices),
+        )
+
+    def _structure(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, complete: bool = False
+    ) -> Structure:
+        """The model's structure for these arguments, read again unless it is known to be static.
+
+        ``complete`` asks for what lies behind the last latent, too.
+        """
+        key = signature(self._model[0] if self._model else None, args, kwargs)
+        known = self._known.get(key) if key is not None else None
+        if known is not None:
+            return known
+        if complete or (key is not None and key not in self._known):
+            structure = read(self._require_model(), args, kwargs)
+            self._remember(key, structure)
+        else:
+            structure = self._read(args, kwargs)
+        self._check_latents(structure)
+        return structure
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Structure:
+        names = [name for part in self.network.parts for name in part.group.sites]
+        return read(self._require_model(), args, kwargs, until=names, **options)
+
+    def _remember(self, key: Hashable | None, structure: Structure) -> None:
+        if key is None:
+            return
+        self._known[key] = structure.without_values() if structure.static else None
+        while len(self._known) > _KEPT_STRUCTURES:
+            self._known.popitem(last=False)
+
+    def _open_plates(
+        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], *, fresh: bool
+    ) -> dict[str, pyro.plate]:
+        """The model's plates, opened by the guide; the list's, if the guide is part of one."""
+        if self.master is not None:
+            return dict(self.master().plates)
+        plates = {plate.name: plate for plate in self._user_plates(args, kwargs)}
+        names = {name for part in self.network.parts for name in part.group.plates}
+        for plate in structure.plates_of(names - plates.keys()):
+            plates[plate.name] = _open_plate(plate, fresh=fresh)
+        return plates
+
+    def _user_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[pyro.plate]:
+        if self.create_plates is None:
+            return []
+        plates = self.create_plates(*args, **kwargs)
+        plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
+        for plate in plates:
+            if not isinstance(plate, pyro.plate):
+                raise TypeError(f"create_plates must return pyro.plate objects, got {plate!r}")
+        return plates
+
+    def _structure_of_all_rows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Structure, set[str]]:
+        """The structure with all rows that are at hand, and the plates that the model subsamples."""
+        structure = self.setup(*args, **kwargs)._structure(args, kwargs, complete=True)
+        full = {
+            name
+            for name, plate in structure.plates.items()
+            if plate.subsampled and not plate.chosen and self._has_all_rows(plate, args, kwargs)
+        }
+        for latent in structure.latents.values():
+            if full & set(latent.plates) and not latent.fixed:
+                raise NotImplementedError(
+                    f"latent '{latent.name}' has a mask, scale or support that the model computes for "
+                    "its own subsample only; pass the rows in batches and let the model take all of them"
+                )
+        return structure.with_full_plates(full), full
+
+    def _has_all_rows(self, plate: Plate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether λ of every latent in the plate is to be had for every element."""
+        counts = [
+            part.source.get(*args, **kwargs).shape[part.source.plates.index(plate.name)]
+            for part in self.network.parts
+            if part.source is not None and plate.name in part.source.plates
+        ]
+        return all(count == plate.size for count in counts)
+
+    def _check_latents(self, structure: Structure) -> None:
+        known = [name for part in self.network.parts for name in part.group.sites]
+        if missing := [name for name in known if name not in structure.latents]:
+            raise ValueError(
+                f"the guide was set up with the latents {missing}, but this call of the model does not "
+                "sample them; make a guide for this model of its own"
+            )
+        new = [n for n in structure.latents if n not in known and n not in self._observed]
+        if new:
+            raise ValueError(
+                f"this call of the model samples the latents {new}, which were not there when the "
+                "guide was set up; set it up with arguments that reach all latents"
+            )
+
+    def _check_learned(self, structure: Structure) -> None:
+        for part, head in zip(self.network.parts, self.network.heads, strict=True):
+            if not isinstance(head, LearnedHead):
+                continue
+            expected = tuple(head.bias.shape[:-1])
+            got = tuple(structure.batch_shape(part.group.plates, full=True))
+            if expected != got:
+                raise ValueError(
+                    f"{part.group} are learned per element of the plates {list(part.group.plates)}: the "
+                    f"guide was set up with shape {expected}, this call has {got}. Amortize them (pass "
+                    "an encoder's input as a float argument, or inputs=...) to serve other rows"
+                )
+
+    def _require_model(self) -> Callable[..., Any]:
+        if self._model is None:
+            raise RuntimeError(
+                "this guide was loaded without its model, which it must read for new arguments: set "
+                "guide.model = model"
+            )
+        return self._model[0]
+
+    # --- copies, files and modules
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The model; a guide that was unpickled needs it set again."""
+        return self._require_model()
+
+    @model.setter
+    def model(self, model: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_model", (model,))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As any module's; before :meth:`setup` there are none, and asking is a mistake.
+
+        Raises:
+            RuntimeError: the guide is not set up, so that an optimizer would miss its parameters.
+        """
+        _ = self.network
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As any module's, once the guide is set up."""
+        _ = self.network
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The guide without its model, which may not be picklable, and without its list."""
+        for parameter in super().parameters() if self.is_set_up else ():
+            # Pyro's store hangs a weak reference on every tensor it hands out, anew at each access.
+            vars(parameter).pop("unconstrained", None)
+        return {**self.__dict__, "_model": None, "master": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        object.__setattr__(self, "_store_name", unique_name())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AmortizedGuide:
+        """A guide of the same model with parameters of its own, under a name of its own."""
+        clone = self.__class__.__new__(self.__class__)
+        memo[id(self)] = clone
+        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        object.__setattr__(clone, "_model", self._model)
+        return clone
+
+
+def _accepts(model: tuple[Callable[..., Any]] | None, name: str) -> bool:
+    """Whether the model itself has an argument of this name."""
+    if model is None:
+        return False
+    try:
+        return name in inspect.signature(model[0]).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _open_plate(plate: Plate, *, fresh: bool) -> pyro.plate:
+    """Open a plate as the model does; a ``fresh`` subsample where the model asks for any rows."""
+    if plate.size == -1:
+        return pyro.plate(plate.name, dim=plate.dim)
+    if not plate.subsampled:
+        return pyro.plate(plate.name, plate.size, dim=plate.dim)
+    indices = random_subset(plate.size, plate.batch) if fresh else plate.indices
+    return pyro.plate(plate.name, plate.size, subsample=indices, dim=plate.dim)
+
+
+def _differ(structure: Structure, indices: Mapping[str, Tensor]) -> bool:
+    """Whether plates were opened for other elements than those the structure was read for."""
+    return any(
+        name in structure.plates and structure.plates[name].indices is not index
+        for name, index in indices.items()
+    )
+
+
+def _with_observations(
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observations: Mapping[str, Tensor] | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with simulated observations in the place of real ones."""
+    if observations is None:
+        return args, kwargs
+    positional, named = list(args), dict(kwargs)
+    for name, value in observations.items():
+        argument = structure.observed[name].argument
+        if argument is None:
+            raise ValueError(
+                f"observed site '{name}' is not one of the model's arguments but computed from them, so "
+                "simulated data cannot take its place; pass it to the model as obs= unchanged"
+            )
+        if isinstance(argument, int):
+            positional[argument] = value
+        else:
+            named[argument] = value
+    return tuple(positional), named

@@ -1,0 +1,135 @@
+"""Where λ comes from: a parameter, or an encoder's context - and, in both cases, upstream values.
+
+Heads know nothing of families: they map what is known when a group is drawn to a vector λ of a given
+length. Both start at the initial λ for every datum and every upstream value, because what they multiply
+with context and upstream values starts at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import silu
+
+from pyro_guides.layers import ScaledLinear
+
+__all__ = ["AmortizedHead", "LearnedHead", "held_fixed"]
+
+_MIXING_WIDTH = 128
+_EMBEDDING_SIZE = 16
+
+
+@final
+class LearnedHead(nn.Module):
+    r"""λ as a parameter, one per plate element: :math:`\lambda_i = b_i + W_i (v - v_0)`.
+
+    v are the upstream values and v₀ their initial location. Linear in v is what makes a hierarchy of
+    normals exact.
+
+    Args:
+        initial: b at the start, ``(*batch of full size, W)``.
+        origin: v₀, ``(V,)``; empty without upstream values.
+        dims: the dimension of each plate, by name.
+    """
+
+    def __init__(self, initial: Tensor, origin: Tensor, dims: Mapping[str, int]) -> None:
+        super().__init__()
+        self.dims = dict(dims)
+        self.bias = nn.Parameter(initial.clone())
+        self.register_buffer("origin", origin.clone())
+        self.origin: Tensor
+        self.weight: nn.Parameter | None = None
+        if len(origin):
+            self.weight = nn.Parameter(initial.new_zeros(*initial.shape, len(origin)))
+
+    def forward(self, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
+        """λ, ``(*batch, W)``, from upstream values ``(..., V)``."""
+        bias = self._take(self.bias, 1, indices)
+        if self.weight is None or upstream is None:
+            return bias
+        weight = self._take(self.weight, 2, indices)
+        return bias + (weight @ (upstream - self.origin).unsqueeze(-1)).squeeze(-1)
+
+    def _take(self, parameter: Tensor, event_dim: int, indices: Mapping[str, Tensor]) -> Tensor:
+        for name, dim in self.dims.items():
+            if name in indices:
+                index = indices[name].to(parameter.device)
+                parameter = parameter.index_select(dim - event_dim, index)
+        return parameter
+
+
+@final
+class AmortizedHead(nn.Module):
+    r"""λ from an encoder's context: a linear map, starting at zero around the initial λ.
+
+    What else is known - upstream values, and an embedding per element of plates that the inputs lack - is
+    mixed into the context by a residual block before the map, and joins it:
+
+    .. math:: \lambda = b + W [h, e], \qquad h = c + W_2\, \mathrm{silu}(W_1 [c, e])
+
+    Args:
+        context_size: C.
+        initial: b at the start, ``(W,)``.
+        origin: the initial location of the upstream values, ``(V,)``.
+        lacking: size and dimension of each plate that the inputs lack, by name.
+    """
+
+    def __init__(
+        self,
+        context_size: int,
+        initial: Tensor,
+        origin: Tensor,
+        lacking: Mapping[str, tuple[int, int]],
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dtype": initial.dtype, "device": initial.device}
+        self.register_buffer("origin", origin.clone())
+        self.origin: Tensor
+        self.lacking = {name: dim for name, (_, dim) in lacking.items()}
+        # Indexed by position: plate names may hold dots, which parameter names may not.
+        self.embeddings = nn.ParameterList(
+            torch.randn(size, _EMBEDDING_SIZE, **options) for size, _ in lacking.values()
+        )
+        side = len(origin) + _EMBEDDING_SIZE * len(lacking)
+        self.inner: nn.Module | None = None
+        self.outer: nn.Module | None = None
+        if side:
+            self.inner = ScaledLinear(context_size + side, _MIXING_WIDTH, **options)
+            self.outer = ScaledLinear(_MIXING_WIDTH, context_size, **options)
+        self.output = ScaledLinear(context_size + side, len(initial), zero=True, **options)
+        with torch.no_grad():
+            self.output.bias.copy_(initial)
+
+    def forward(self, context: Tensor, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
+        """λ, ``(*batch, W)``, from context ``(..., C)`` and upstream values ``(..., V)``."""
+        if self.inner is None or self.outer is None:
+            return self.output(context)
+        side = self._side(upstream, indices)
+        context, side = _broadcast([context, side])
+        mixed = context + self.outer(silu(self.inner(torch.cat([context, side], dim=-1))))
+        return self.output(torch.cat([mixed, side], dim=-1))
+
+    def _side(self, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
+        parts = [] if upstream is None else [upstream - self.origin]
+        for (name, dim), embedding in zip(self.lacking.items(), self.embeddings, strict=True):
+            rows = embedding
+            if name in indices:
+                rows = rows.index_select(0, indices[name].to(rows.device))
+            parts.append(rows.reshape(rows.shape[0], *[1] * (-dim - 1), rows.shape[-1]))
+        return torch.cat(_broadcast(parts), dim=-1)
+
+
+def held_fixed(head: nn.Module, *args: Any) -> Tensor:
+    """What ``head`` returns, without a gradient path to its parameters."""
+    fixed = {name: value.detach() for name, value in head.named_parameters()}
+    return functional_call(head, fixed, args)
+
+
+def _broadcast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Expand all but the last dimension to a common shape."""
+    batch = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+    return [tensor.expand(*batch, tensor.shape[-1]) for tensor in tensors]

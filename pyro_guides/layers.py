@@ -1,0 +1,53 @@
+"""The linear layer that encoders and heads are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+__all__ = ["ScaledLinear"]
+
+_GAIN = 4.0
+
+
+@final
+class ScaledLinear(nn.Module):
+    r"""A linear layer whose output moves little when an optimizer moves all weights by a small step.
+
+    .. math:: y = g\, W x + b, \qquad g = \min(1,\ 4 / \sqrt{F})
+
+    Adam moves every weight by about the learning rate, and so moves y by F times that. The gain g turns
+    this into :math:`4 \sqrt F`; the weights start 1/g times larger, so that y starts as that of an ordinary
+    layer. With it the default encoder trains stably at a learning rate of 0.01, at which ordinary layers of
+    the same width diverge.
+
+    Args:
+        inputs: F, the number of inputs.
+        outputs: the number of outputs.
+        zero: whether the weights start at zero.
+        options: dtype and device.
+
+    Source: Greg Yang, Edward J. Hu, "Feature Learning in Infinite-Width Neural Networks", 2021,
+    arXiv:2011.14522 (the idea of width-dependent multipliers).
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, zero: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.gain = min(1.0, _GAIN / math.sqrt(inputs))
+        bound = 0.0 if zero else 1.0 / (math.sqrt(inputs) * self.gain)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **options).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The gain goes where there is less to multiply.
+        if x.numel() < self.weight.numel():
+            return linear(x * self.gain, self.weight, self.bias)
+        return linear(x, self.weight * self.gain, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for the module's repr."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, gain={self.gain:.3g}"

@@ -1,0 +1,167 @@
+"""The trainable part of a guide: encoders, heads and families, and what each group gets of them.
+
+Nothing here knows Pyro's handlers: a :class:`Network` maps inputs and upstream values to q(u; λ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from pyro_guides.distributions import VectorDistribution
+from pyro_guides.encoders import Standardize
+from pyro_guides.families import BoundFamily
+from pyro_guides.groups import Group
+from pyro_guides.heads import held_fixed
+from pyro_guides.inputs import Source
+from pyro_guides.structure import Structure
+
+__all__ = ["Network", "Part", "encode"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one group of latents was given when the guide was set up.
+
+    Attributes:
+        group: the latents.
+        upstream: the groups, by position, whose values λ depends on.
+        source: where the encoder's inputs come from; None if λ is learned.
+        encoder: which encoder reads them, by position.
+    """
+
+    group: Group
+    upstream: tuple[int, ...]
+    source: Source | None
+    encoder: int | None
+
+
+@final
+class Network(nn.Module):
+    """Encoders, one head and one bound family per group.
+
+    Args:
+        parts: what each group gets.
+        encoders: the encoders.
+    """
+
+    def __init__(self, parts: Sequence[Part], encoders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.encoders = nn.ModuleList(encoders)
+        self.heads = nn.ModuleList()
+        self.families = nn.ModuleList()
+
+    def family(self, index: int) -> BoundFamily:
+        """The family of one group."""
+        return cast("BoundFamily", self.families[index])
+
+    def parameters_of(
+        self,
+        index: int,
+        context: Tensor | None,
+        upstream: Tensor | None,
+        indices: Mapping[str, Tensor],
+    ) -> tuple[Tensor, Tensor | None]:
+        """λ of one group, and a twin whose only gradient path is the one through upstream values.
+
+        The twin is None where there is nothing upstream, or no gradient to take.
+        """
+        head = self.heads[index]
+        inputs = (upstream, indices) if context is None else (context, upstream, indices)
+        parameters: Tensor = head(*inputs)
+        if upstream is None or not torch.is_grad_enabled():
+            return parameters, None
+        fixed = inputs if context is None else (context.detach(), upstream, indices)
+        return parameters, held_fixed(head, *fixed)
+
+    def distribution(
+        self, index: int, parameters: Tensor, twin: Tensor | None, scored: Tensor | None
+    ) -> VectorDistribution:
+        """q(u; λ) of one group."""
+        family = self.family(index)
+        q: VectorDistribution = family(parameters, scored)
+        if twin is not None:
+            q.path_twin = family(twin, scored)
+        return q
+
+    def site_distribution(
+        self,
+        index: int,
+        name: str,
+        parameters: Tensor,
+        twin: Tensor | None,
+        scored: Tensor | None,
+    ) -> VectorDistribution:
+        """Q of one site alone, where the group's family factorizes."""
+        family, bounds = self.family(index), self.parts[index].group.bounds[name]
+        if scored is not None:
+            scored = scored[..., slice(*bounds)]
+        q = family.select(parameters, *bounds, scored)
+        if twin is not None:
+            q.path_twin = family.select(twin, *bounds, scored)
+        return q
+
+
+def encode(
+    encoder: nn.Module,
+    source: Source,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    indices: Mapping[str, Tensor],
+) -> Tensor:
+    """One pass of an encoder over this call's inputs: context ``(*batch, C)``, laid out as the plates.
+
+    Encoders see rows ``(B, *features)`` whatever the plates are, or one data set as it is.
+
+    Raises:
+        TypeError: the encoder returns no floating-point tensor.
+        ValueError: its context has another number of rows, or is not finite.
+    """
+    plates = [structure.plates[name] for name in source.plates]
+    x = source.rows(args, kwargs, plates, indices, missing=declares_missing(encoder))
+    batch = x.shape[: x.dim() - len(source.feature_shape)]
+    context = encoder(x.reshape(-1, *_features(source)) if batch else x)
+    _check_context(context, batch.numel() if batch else None, encoder)
+    if not batch:
+        return context
+    if len(batch) == len(plates):
+        batch = structure.batch_shape(source.plates)
+    return context.reshape(*batch, context.shape[-1])
+
+
+def declares_missing(encoder: nn.Module) -> bool:
+    """Whether the encoder, or a ``Standardize`` in it, takes NaN for a missing value."""
+    own = getattr(encoder, "missing", False)
+    return bool(own) or any(isinstance(m, Standardize) and m.missing for m in encoder.modules())
+
+
+def _features(source: Source) -> tuple[int, ...]:
+    return tuple(source.feature_shape) or (1,)  # one number per element is a row of one feature
+
+
+def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:
+    name = type(encoder).__name__
+    expected = "(C,) for the whole data set" if rows is None else f"({rows}, C)"
+    if not isinstance(context, Tensor) or not context.is_floating_point():
+        got = context.dtype if isinstance(context, Tensor) else type(context).__name__
+        raise TypeError(
+            f"encoder {name} returned {got}, expected one float tensor of shape {expected}; wrap it in "
+            "a module that returns the tensor to condition on"
+        )
+    if context.dim() != (1 if rows is None else 2) or (rows is not None and len(context) != rows):
+        raise ValueError(
+            f"encoder {name} returned shape {tuple(context.shape)}, expected {expected}: one context "
+            "vector per row of its input"
+        )
+    if not bool(context.detach().sum().isfinite()):
+        raise ValueError(
+            f"encoder {name} returned NaN or infinite values for finite inputs; its weights may have "
+            "diverged: lower the learning rate or clip gradients"
+        )

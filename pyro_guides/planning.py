@@ -1,0 +1,289 @@
+"""Builds a guide's network from what the user asked for and what the model turned out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from pyro_guides.encoders import MLP
+from pyro_guides.families import Family, FullRankNormal
+from pyro_guides.groups import Group, check_keys, group_latents, lookup
+from pyro_guides.heads import AmortizedHead, LearnedHead
+from pyro_guides.inputs import Source, find_source
+from pyro_guides.network import Network, Part, encode
+from pyro_guides.structure import Structure, neighbours, read, upstream
+
+__all__ = ["Plan", "build"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What the user asked for; see :class:`~pyro_guides.AmortizedGuide`."""
+
+    encoder: nn.Module | Mapping[str, nn.Module] | None
+    family: Family | Mapping[str, Family]
+    inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None
+    amortize: Collection[str] | None
+    condition_on_upstream: bool
+    init_loc_fn: Callable[..., Any]
+    init_scale: float
+
+    def __post_init__(self) -> None:
+        _check_kinds(self.encoder, nn.Module, "encoder", "a torch.nn.Module")
+        _check_kinds(self.family, Family, "family", "a family such as FullRankNormal()")
+        for inputs in _items(self.inputs):
+            if not callable(inputs):
+                raise TypeError(f"inputs must be a function of the model's arguments, got {inputs!r}")
+        if isinstance(self.amortize, str):
+            raise TypeError(f"amortize must be a list of plate names, got the string {self.amortize!r}")
+        if not isinstance(self.init_scale, (int, float)) or not 0.0 < self.init_scale < float("inf"):
+            raise ValueError(f"init_scale must be a positive number, got {self.init_scale!r}")
+
+
+def build(
+    plan: Plan, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Network, Structure]:
+    """Read the model and build the network; returns it with the structure that was read."""
+    structure = read(model, args, kwargs, init=plan.init_loc_fn)
+    _check_names(plan, structure)
+    alone = [name for name in _keys(plan.family) if name in structure.latents]
+    groups = group_latents(structure, alone)
+    links = _links(plan, groups, model, args, kwargs)
+    sources = _sources(plan, groups, structure, args, kwargs)
+    encoders: list[nn.Module] = []
+    parts: list[Part] = []
+    for group, link, source in zip(groups, links, sources, strict=True):
+        encoder = None if source is None else _encoder(plan, group, source, encoders, parts)
+        parts.append(Part(group, link, source, encoder))
+    network = Network(parts, encoders)
+    locs = [_initial_loc(group, structure) for group in groups]
+    contexts = _contexts(network, structure, args, kwargs)
+    for part, loc in zip(parts, locs, strict=True):
+        _add_head(network, part, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+    return network, structure
+
+
+def _add_head(
+    network: Network,
+    part: Part,
+    loc: Tensor,
+    upstream_locs: list[Tensor],
+    contexts: Mapping[tuple[int, int], Tensor],
+    structure: Structure,
+    plan: Plan,
+) -> None:
+    family = (lookup(plan.family, part.group) or FullRankNormal()).bind(part.group.size)
+    origin = torch.cat([_mean(x) for x in upstream_locs]) if upstream_locs else loc.new_zeros(0)
+    plates = structure.plates_of(part.group.plates)
+    head: nn.Module
+    if part.source is None or part.encoder is None:
+        initial = family.initial(_to_full_size(loc, part.group, structure), plan.init_scale)
+        head = LearnedHead(initial, origin, {plate.name: plate.dim for plate in plates})
+    else:
+        context = contexts[part.encoder, id(part.source)]
+        _check_dtype(part, loc, context)
+        lacking = {
+            plate.name: (plate.batch if plate.size == -1 else plate.size, plate.dim)
+            for plate in plates
+            if plate.name not in part.source.plates
+        }
+        initial = family.initial(_mean(loc), plan.init_scale)
+        head = AmortizedHead(context.shape[-1], initial, origin, lacking)
+    network.heads.append(head)
+    network.families.append(family)
+
+
+def _contexts(
+    network: Network, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[tuple[int, int], Tensor]:
+    """One pass of every encoder, which also lets lazy layers find their sizes and statistics."""
+    indices = {n: p.indices for n, p in structure.plates.items() if p.indices is not None}
+    contexts: dict[tuple[int, int], Tensor] = {}
+    for part in network.parts:
+        if part.source is None or part.encoder is None:
+            continue
+        key = (part.encoder, id(part.source))
+        if key not in contexts:
+            encoder = network.encoders[part.encoder]
+            with torch.no_grad():
+                _standardize_with_all_rows(encoder, part.source, args, kwargs)
+                contexts[key] = encode(encoder, part.source, structure, args, kwargs, indices)
+    return contexts
+
+
+def _standardize_with_all_rows(
+    encoder: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Statistics come from every row at hand, even if the model subsamples them."""
+    if isinstance(encoder, MLP) and encoder.standardize.mean is None and source.plates:
+        x: Tensor = source.get(*args, **kwargs)
+        row_dim = len(source.plates)
+        finite = x.isfinite().all() if not encoder.standardize.missing else not x.isinf().any()
+        if finite:  # otherwise the checks ahead have more to say
+            encoder.standardize.fit(x.flatten(0, row_dim - 1).flatten(1))
+
+
+def _sources(
+    plan: Plan,
+    groups: list[Group],
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[Source | None]:
+    found = [_source(plan, group, structure, args, kwargs, whole=False) for group in groups]
+    if not any(found) and plan.amortize is None and _asks_for_encoder(plan):
+        # Nothing lines up with a plate: the data set as a whole is the datum.
+        found = [_source(plan, group, structure, args, kwargs, whole=True) for group in groups]
+        if not any(found):
+            raise ValueError(
+                "an encoder was given, but the model's arguments hold no float tensor for it to read; "
+                "write inputs=lambda *args, **kwargs: ..."
+            )
+    shared: dict[Any, Source] = {}
+    for index, source in enumerate(found):
+        if source is not None:
+            origin = source.get if source.argument is None else source.argument
+            found[index] = shared.setdefault((origin, source.plates), source)
+    return found
+
+
+def _source(
+    plan: Plan,
+    group: Group,
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    whole: bool,
+) -> Source | None:
+    named = plan.amortize is not None and any(name in plan.amortize for name in group.plates)
+    if plan.amortize is not None and not named:
+        return None
+    plates = structure.plates_of(group.plates)
+    if plan.amortize is not None:
+        plates = [plate for plate in plates if plate.name in plan.amortize]
+    inputs = lookup(plan.inputs, group)
+    source = find_source(inputs, plates, args, kwargs, group=str(group), whole=whole)
+    if source is None and (named or (isinstance(plan.inputs, Mapping) and inputs is not None)):
+        raise ValueError(
+            f"{group} are to be amortized, but no float tensor lines up with their plates "
+            f"{[(plate.name, plate.batch) for plate in plates]}; write inputs=lambda *args, **kwargs: "
+            "..., returning one row per plate element"
+        )
+    return source
+
+
+def _encoder(plan: Plan, group: Group, source: Source, encoders: list[nn.Module], parts: list[Part]) -> int:
+    """The position of the group's encoder; the default one is shared by groups of one source."""
+    encoder = lookup(plan.encoder, group)
+    if encoder is None:
+        for part in parts:
+            if part.source is source and lookup(plan.encoder, part.group) is None:
+                return cast("int", part.encoder)
+        encoder = MLP()
+    for index, other in enumerate(encoders):
+        if other is encoder:
+            return index
+    encoders.append(encoder)
+    return len(encoders) - 1
+
+
+def _links(
+    plan: Plan,
+    groups: list[Group],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> list[tuple[int, ...]]:
+    """For each group, the earlier groups its λ depends on: relevant ones, in plates it shares."""
+    if len(groups) == 1 or not plan.condition_on_upstream:
+        return [()] * len(groups)
+    relevant = upstream([group.sites for group in groups], neighbours(model, args, kwargs))
+    return [
+        tuple(i for i in sorted(links) if set(groups[i].plates) <= set(group.plates))
+        for group, links in zip(groups, relevant, strict=True)
+    ]
+
+
+def _initial_loc(group: Group, structure: Structure) -> Tensor:
+    """Where u starts, ``(*batch, D)``."""
+    batch = structure.batch_shape(group.plates)
+    parts = []
+    for name in group.sites:
+        latent = structure.latents[name]
+        value = structure.values[name]
+        u = latent.transform.inv(value)
+        u = u.reshape(*u.shape[: u.dim() - len(latent.unconstrained_shape)], latent.size)
+        if not bool(u.isfinite().all()):
+            raise ValueError(
+                f"init_loc_fn starts site '{name}' at a value on the edge of its support "
+                f"{latent.support}; start it inside"
+            )
+        u = u.reshape(u.shape[-1 - len(batch) :]) if u.dim() > len(batch) else u
+        parts.append(u.expand(*batch, latent.size))
+    return torch.cat(parts, dim=-1)
+
+
+def _to_full_size(loc: Tensor, group: Group, structure: Structure) -> Tensor:
+    """Repeat the start of a subsample until it fills the plates."""
+    for plate in structure.plates_of(group.plates):
+        if plate.subsampled:
+            index = torch.arange(plate.size, device=loc.device) % plate.batch
+            loc = loc.index_select(plate.dim - 1, index)
+    return loc
+
+
+def _mean(loc: Tensor) -> Tensor:
+    return loc.reshape(-1, loc.shape[-1]).mean(0)
+
+
+def _check_dtype(part: Part, loc: Tensor, context: Tensor) -> None:
+    source = cast("Source", part.source)  # only amortized parts come here
+    kinds = {
+        source.label: (source.dtype, source.device),
+        "the encoder's context": (context.dtype, context.device),
+    }
+    for what, (dtype, device) in kinds.items():
+        if dtype != loc.dtype or device != loc.device:
+            raise TypeError(
+                f"{what} is {dtype} on {device}, but {part.group} are {loc.dtype} on {loc.device}; "
+                f"convert one of them, for instance with .to({loc.device.type!r}, {loc.dtype})"
+            )
+
+
+def _check_names(plan: Plan, structure: Structure) -> None:
+    check_keys(plan.family, structure, "family")
+    check_keys(plan.encoder, structure, "encoder")
+    check_keys(plan.inputs, structure, "inputs")
+    if plan.amortize is not None:
+        plates = {name for latent in structure.latents.values() for name in latent.plates}
+        if unknown := [name for name in plan.amortize if name not in plates]:
+            raise ValueError(
+                f"amortize={list(plan.amortize)} names {unknown}, but the latents' plates are "
+                f"{sorted(plates)}"
+            )
+
+
+def _asks_for_encoder(plan: Plan) -> bool:
+    return plan.encoder is not None or plan.inputs is not None
+
+
+def _check_kinds(choice: Any, kind: type, argument: str, expected: str) -> None:
+    for item in _items(choice):
+        if not isinstance(item, kind):
+            raise TypeError(f"{argument} must be {expected}, got {item!r}")
+
+
+def _items(choice: Any) -> list[Any]:
+    if choice is None:
+        return []
+    return list(choice.values()) if isinstance(choice, Mapping) else [choice]
+
+
+def _keys(choice: Any) -> list[str]:
+    return list(choice) if isinstance(choice, Mapping) else []

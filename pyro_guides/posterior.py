@@ -1,0 +1,323 @@
+"""The posterior of given rows: draws, their densities, and what they say about each latent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast, final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_guides.distributions.transforms import strip_independent
+from pyro_guides.structure import Latent, Observed
+
+if TYPE_CHECKING:
+    from pyro_guides.guide import AmortizedGuide
+
+__all__ = ["Posterior"]
+
+_DRAWS = "_posterior_draws"
+_VALUES_PER_PASS = 2_000_000  # bounds the memory of one pass; measured in latent values
+
+
+@final
+class Posterior:
+    """Draws from q(z | x) for given rows, with log q and log p of each draw.
+
+    Made by ``guide.posterior(...)``. Draws are taken once, when first asked for, and kept; log q and log p
+    belong to them. Nothing here carries gradients.
+
+    Where every site of the model lies inside common plates (a row each, no shared latents), densities are
+    *per row*, and free of the model's subsampling scale: log p of the row, not of the rows it stands for.
+    Otherwise they are joint, with that scale.
+
+    Args:
+        guide: the guide.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        num_draws: S, how many draws to take.
+
+    Raises:
+        ValueError: ``num_draws`` is less than 1.
+    """
+
+    def __init__(
+        self,
+        guide: AmortizedGuide,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        num_draws: int = 1000,
+    ) -> None:
+        if num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+        self.guide = guide
+        self.args = args
+        self.kwargs = kwargs
+        self.num_draws = num_draws
+        self.structure, self._completed = guide._structure_of_all_rows(args, kwargs)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(
+            f"{name}: {tuple(self._natural_shape(latent))}" for name, latent in self.structure.latents.items()
+        )
+        return f"Posterior({self.num_draws} draws of {shapes})"
+
+    @property
+    def row_plates(self) -> tuple[str, ...]:
+        """The plates that every latent and every observed site lies in, leftmost dimension first."""
+        sites: list[Latent | Observed] = [*self.structure.latents.values()]
+        sites += self.structure.observed.values()
+        common = set.intersection(*(set(site.plates) for site in sites))
+        return tuple(plate.name for plate in self.structure.plates_of(common))
+
+    @property
+    def draws(self) -> dict[str, Tensor]:
+        """Draws by site, ``(S, *natural shape)``: the shape the site has in the model itself."""
+        return self._guide_pass[0]
+
+    @property
+    def log_q(self) -> Tensor:
+        """Log q of each draw, ``(S, *row plates)``."""
+        return self._guide_pass[1]
+
+    @property
+    def log_p(self) -> Tensor:
+        """Log p(x, z) of each draw under the model, ``(S, *row plates)``.
+
+        Raises:
+            NotImplementedError: the model draws other latents itself, or subsamples rows by itself.
+        """
+        return self._model_pass[0]
+
+    @property
+    def log_likelihood(self) -> dict[str, Tensor]:
+        """Log p of each observed site's elements, ``(S, *natural batch shape)``, unscaled."""
+        return self._model_pass[1]
+
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """The values of the observed sites."""
+        return self._model_pass[2]
+
+    def mean(self) -> dict[str, Tensor]:
+        """The mean of the draws of each latent, in its natural shape."""
+        return {name: draws.mean(0) for name, draws in self.draws.items()}
+
+    def sd(self) -> dict[str, Tensor]:
+        """The standard deviation of the draws of each latent, in its natural shape."""
+        return {name: draws.std(0) for name, draws in self.draws.items()}
+
+    def median(self) -> dict[str, Tensor]:
+        """The median of each latent, in its natural shape; see ``AmortizedGuide.median``."""
+        return self._place(torch.tensor(0.5))
+
+    def quantiles(self, probabilities: Sequence[float] | Tensor) -> dict[str, Tensor]:
+        """Marginal quantiles of each latent, ``(len(probabilities), *natural shape)``.
+
+        In closed form where q is normal, depends on nothing upstream and reaches the support by an
+        increasing function of each value; from the draws otherwise.
+
+        Raises:
+            ValueError: a probability is not between 0 and 1.
+        """
+        levels = torch.as_tensor(probabilities)
+        if not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles must lie between 0 and 1, got {probabilities}")
+        if not self._has_closed_quantiles():
+            return {n: torch.quantile(x, levels.to(x), dim=0) for n, x in self.draws.items()}
+        placed = [self._place(level) for level in levels.flatten()]
+        return {name: torch.stack([values[name] for values in placed]) for name in placed[0]}
+
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Exact log q of given values of all latents, ``(*row plates)`` or ``(S, *row plates)``.
+
+        Args:
+            values: by site, in natural shapes, or with one more dimension of draws on the left.
+
+        Raises:
+            ValueError: a latent's value is missing, or has another shape.
+        """
+        given = {name: self._widened(name, values) for name in self.structure.latents}
+        count = max(map(len, given.values()))
+        trace = self._trace(poutine.condition(self._run_guide, data=given), count)
+        log_q = self._reduce(trace)
+        batched = any(
+            values[name].dim() > len(self._natural_shape(latent))
+            for name, latent in self.structure.latents.items()
+        )
+        return log_q if batched else log_q.squeeze(0)
+
+    def to_numpy(self) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], dict[str, Any]]:
+        """All that ArviZ takes, see :func:`pyro_guides.to_arviz`.
+
+        Returns:
+            NumPy arrays by group and variable, with dimensions ``(chain=1, draw=S, ...)`` except for
+            observed data; the plates of each variable; and attributes.
+        """
+        sites: dict[str, Latent | Observed] = {**self.structure.latents, **self.structure.observed}
+        dims = {name: list(site.plates) for name, site in sites.items()}
+        dims |= {"lp": list(self.row_plates), "log_q": list(self.row_plates)}
+        drawn = {
+            "posterior": {n: self._squeezed(n, x, 1) for n, x in self.draws.items()},
+            "log_likelihood": {n: self._squeezed(n, x, 1) for n, x in self.log_likelihood.items()},
+            "sample_stats": {"lp": self.log_p, "log_q": self.log_q},
+        }
+        groups = {
+            group: {name: x.numpy(force=True)[None] for name, x in values.items()}
+            for group, values in drawn.items()
+        }
+        observed = {n: self._squeezed(n, x, 0) for n, x in self.observed.items()}
+        groups["observed_data"] = {name: x.numpy(force=True) for name, x in observed.items()}
+        attrs = {
+            "inference_library": "pyro_guides",
+            "families": ", ".join(type(f).__name__ for f in self.guide.families),
+        }
+        return groups, dims, attrs
+
+    # --- passes over guide and model
+
+    @cached_property
+    def _traces(self) -> list[Trace]:
+        """The guide's traces, as many draws at once as memory should hold."""
+        size = sum(math.prod(self._natural_shape(latent)) for latent in self.structure.latents.values())
+        most = max(1, _VALUES_PER_PASS // max(1, size))
+        counts = [min(most, self.num_draws - i) for i in range(0, self.num_draws, most)]
+        return [self._trace(self._run_guide, count) for count in counts]
+
+    @cached_property
+    def _guide_pass(self) -> tuple[dict[str, Tensor], Tensor]:
+        draws = {}
+        for name, latent in self.structure.latents.items():
+            shape = self._natural_shape(latent)
+            parts = [_value(trace, name).reshape(-1, *shape) for trace in self._traces]
+            draws[name] = torch.cat(parts)
+        return draws, torch.cat([self._reduce(trace) for trace in self._traces])
+
+    @cached_property
+    def _model_pass(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        traces = [self._model_trace(trace) for trace in self._traces]
+        log_p = torch.cat([self._reduce(trace) for trace in traces])
+        likelihood = {
+            site.name: torch.cat([self._pointwise(trace, site) for trace in traces])
+            for site in self.structure.observed.values()
+        }
+        observed = {name: _value(traces[0], name) for name in self.structure.observed}
+        return log_p, likelihood, observed
+
+    def _run_guide(self) -> dict[str, Tensor]:
+        return self.guide._open(self.args, self.kwargs, structure=self.structure).sample()
+
+    def _model_trace(self, guide_trace: Trace) -> Trace:
+        """The model at the values and for the elements of one of the guide's traces."""
+        if self._completed:
+            raise NotImplementedError(
+                f"the model subsamples {sorted(self._completed)} by itself, so it cannot score all rows "
+                "at once; use a model that takes the rows it is given whole"
+            )
+        model = poutine.replay(self.guide.model, trace=guide_trace)
+        count = len(_value(guide_trace, next(iter(self.structure.latents))))
+        trace = self._trace(lambda: model(*self.args, **self.kwargs), count)
+        for name in trace.stochastic_nodes:
+            if name not in self.structure.latents and not site_is_subsample(trace.nodes[name]):
+                raise NotImplementedError(
+                    f"the model itself draws site '{name}', which the guide leaves to it (an enumerated "
+                    "site, for instance), so log p of the other latents alone is not to be had"
+                )
+        return trace
+
+    def _trace(self, run: Callable[[], Any], count: int) -> Trace:
+        """Trace one run of ``count`` draws side by side, and score it."""
+        depth = self.structure.depth
+        with torch.no_grad(), poutine.block(), pyro.plate(_DRAWS, count, dim=-depth - 1):
+            trace = poutine.trace(run).get_trace()
+            trace.compute_log_prob()
+        return trace
+
+    def _reduce(self, trace: Trace) -> Tensor:
+        """Log density per draw and row: the sum over everything but row plates."""
+        rows = self.structure.plates_of(self.row_plates)
+        kept = [plate.dim for plate in rows]
+        summed = [dim for dim in range(-self.structure.depth, 0) if dim not in kept]
+        total = torch.zeros(())
+        for site in trace.nodes.values():
+            if site["type"] == "sample" and not site_is_subsample(site):
+                log_prob = self._aligned(site["log_prob"], site)
+                total = total + (log_prob.sum(summed) if summed else log_prob)
+        for plate in rows:  # a row's own density, not that of the rows it stands for
+            total = total / plate.scale
+        return total
+
+    def _aligned(self, log_prob: Tensor, site: Any) -> Tensor:
+        """A site's log density with one dimension per plate dimension and one for the draws."""
+        shape = torch.broadcast_shapes(log_prob.shape, site["fn"].batch_shape)
+        return log_prob.expand(shape).reshape(-1, *shape[len(shape) - self.structure.depth :])
+
+    def _pointwise(self, trace: Trace, site: Observed) -> Tensor:
+        node = trace.nodes[site.name]
+        log_prob = self._aligned(node["unscaled_log_prob"], node)
+        return log_prob.reshape(-1, *self.structure.batch_shape(site.plates))
+
+    # --- shapes and closed forms
+
+    def _natural_shape(self, latent: Latent) -> torch.Size:
+        return self.structure.batch_shape(latent.plates) + latent.event_shape
+
+    def _squeezed(self, name: str, x: Tensor, start: int) -> Tensor:
+        """Drop the dimensions between a site's plates, which have size 1 and no name."""
+        sites: dict[str, Latent | Observed] = {**self.structure.latents, **self.structure.observed}
+        plates = self.structure.plates_of(sites[name].plates)
+        batch = self.structure.batch_shape(sites[name].plates)
+        if x.shape[start : start + len(batch)] != batch:
+            return x  # an observation that broadcasts over its plates
+        kept = [plate.batch for plate in plates]
+        return x.reshape(*x.shape[:start], *kept, *x.shape[start + len(batch) :])
+
+    def _widened(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """A given value with a dimension for draws in front of all plate dimensions."""
+        latent = self.structure.latents[name]
+        natural = self._natural_shape(latent)
+        if name not in values:
+            raise ValueError(f"values for all latents are needed, but '{name}' is missing")
+        value = values[name]
+        lead = value.shape[: value.dim() - len(natural)]
+        if len(lead) > 1 or value.shape != lead + natural:
+            raise ValueError(
+                f"the value of '{name}' has shape {tuple(value.shape)}, expected {tuple(natural)} or "
+                f"(S, {', '.join(map(str, natural))})"
+            )
+        batch = self.structure.batch_shape(latent.plates)
+        gap = (1,) * (self.structure.depth - len(batch))
+        return value.reshape(*(lead or (1,)), *gap, *natural)
+
+    @torch.no_grad()
+    def _place(self, level: Tensor) -> dict[str, Tensor]:
+        with poutine.block():
+            call = self.guide._open(self.args, self.kwargs, structure=self.structure)
+            return call.place(lambda q: q.quantile(level.to(q.mean)))
+
+    def _has_closed_quantiles(self) -> bool:
+        network = self.guide.network
+        return all(
+            not part.upstream and network.family(index).has_quantiles
+            for index, part in enumerate(network.parts)
+        ) and all(map(_is_increasing, self.structure.latents.values()))
+
+
+def _value(trace: Trace, name: str) -> Tensor:
+    return cast("Tensor", trace.nodes[name]["value"])
+
+
+def _is_increasing(latent: Latent) -> bool:
+    """Whether each value is an increasing function of one unconstrained value."""
+    transform = strip_independent(latent.transform)
+    try:
+        return transform.codomain.event_dim == 0 and transform.sign == 1
+    except NotImplementedError:
+        return False

@@ -1,0 +1,27 @@
+"""What a guide knows about a model."""
+
+from pyro_guides.structure.changes import signature as signature
+from pyro_guides.structure.dependencies import live_sites as live_sites
+from pyro_guides.structure.dependencies import neighbours as neighbours
+from pyro_guides.structure.dependencies import upstream as upstream
+from pyro_guides.structure.description import Latent as Latent
+from pyro_guides.structure.description import Observed as Observed
+from pyro_guides.structure.description import Plate as Plate
+from pyro_guides.structure.description import Structure as Structure
+from pyro_guides.structure.description import is_one as is_one
+from pyro_guides.structure.reading import random_subset as random_subset
+from pyro_guides.structure.reading import read as read
+
+__all__ = [
+    "Latent",
+    "Observed",
+    "Plate",
+    "Structure",
+    "is_one",
+    "live_sites",
+    "neighbours",
+    "random_subset",
+    "read",
+    "signature",
+    "upstream",
+]

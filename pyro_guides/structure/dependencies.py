@@ -1,0 +1,93 @@
+"""Which latents a guide must know of when it draws another one.
+
+The guide draws groups of latents in the model's order. What group G still depends on, given the data and
+the groups before it, follows from the model's graph: those groups that a path reaches from G through
+sites not yet drawn, in the graph that joins every site with its parents, children and co-parents.
+
+Source: Stefan Webb et al., "Faithful Inversion of Generative Models for Effective Amortized Inference",
+2018, arXiv:1712.00287.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.inspect import TrackProvenance, get_dependencies
+from pyro.ops.provenance import get_provenance
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+__all__ = ["live_sites", "neighbours", "upstream"]
+
+
+def neighbours(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, set[str]]:
+    """For each latent, the latents it shares a factor of the posterior with."""
+    with poutine.block():
+        found: Any = get_dependencies(model, args, kwargs)["posterior_dependencies"]
+    graph: dict[str, set[str]] = {name: set() for name in found}
+    for name, others in found.items():
+        for other in others:
+            if other in graph and other != name:
+                graph[name].add(other)
+                graph[other].add(name)
+    return graph
+
+
+def upstream(groups: Sequence[Sequence[str]], graph: dict[str, set[str]]) -> list[set[int]]:
+    """For each group of sites, the earlier groups that it depends on given all earlier ones.
+
+    Example:
+        >>> chain = {"a": {"b"}, "b": {"a", "c"}, "c": {"b"}}
+        >>> upstream([["a"], ["b"], ["c"]], chain)
+        [set(), {0}, {1}]
+    """
+    owner = {name: index for index, group in enumerate(groups) for name in group}
+    return [_reached(group, index, owner, graph) for index, group in enumerate(groups)]
+
+
+def _reached(group: Sequence[str], index: int, owner: dict[str, int], graph: dict[str, set[str]]) -> set[int]:
+    seen: set[str] = set(group)
+    waiting = list(group)
+    reached = set()
+    while waiting:
+        for name in graph.get(waiting.pop(), set()) - seen:
+            seen.add(name)
+            if owner.get(name, index) < index:
+                reached.add(owner[name])
+            else:
+                waiting.append(name)
+    return reached
+
+
+def live_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """The latents whose support, mask or scale is computed from other latents."""
+    with (
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        poutine.block(),
+        TrackProvenance(),
+    ):
+        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    latents: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+    return frozenset(
+        name
+        for name, site in latents.items()
+        if get_provenance([_tensors(site["fn"].support), site["mask"], site["scale"]]) & set(latents)
+    )
+
+
+def _tensors(constraint: Any) -> list[Tensor]:
+    if isinstance(constraint, Tensor):
+        return [constraint]
+    if isinstance(constraint, Constraint):
+        constraint = list(vars(constraint).values())
+    if isinstance(constraint, (list, tuple)):
+        return [tensor for part in constraint for tensor in _tensors(part)]
+    return []

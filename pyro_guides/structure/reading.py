@@ -1,0 +1,315 @@
+"""Runs a model unseen and describes what it met.
+
+A model is an ordinary function, so the only way to know its sites is to run it. When nothing that was met
+can change between calls with arguments of the same signature, the structure is *static* and may be kept;
+otherwise it is read again at every call, up to the last latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_guides.distributions.transforms import bijection
+from pyro_guides.structure.changes import EscapeDetector
+from pyro_guides.structure.description import Latent, Observed, Plate, Structure
+
+__all__ = ["feasible_value", "random_subset", "read"]
+
+Model = Callable[..., Any]
+Init = Callable[[dict[str, Any]], Tensor]
+
+
+def read(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    indices: Mapping[str, Tensor] | None = None,
+    init: Init | None = None,
+    until: Collection[str] | None = None,
+) -> Structure:
+    """Run the model unseen by any outer handler and describe it.
+
+    Args:
+        model: the model.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        given: values for some latents, instead of feasible ones.
+        indices: the elements that some subsampled plates take, instead of random ones.
+        init: where the other latents' values come from, as Pyro's ``init_loc_fn``.
+        until: stop as soon as all these latents were met; run to the end if None.
+
+    Raises:
+        ValueError: a site has a support without bijection, batch dimensions without a plate, or a
+            name that occurs twice; a batch is empty or longer than its plate.
+        NotImplementedError: a latent lies in a sequential plate.
+    """
+    escapes = EscapeDetector()
+    start = partial(escapes.ignoring, init or feasible_value)
+    reader = _Reader(given or {}, indices or {}, start, until, _arguments(args, kwargs))
+    try:
+        # Validation turns tensors into booleans all the time, and the real run does it anyway.
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), escapes, reader:
+            model(*args, **kwargs)
+    except _AllRead:
+        pass
+    except ZeroDivisionError as error:
+        raise ValueError(
+            "the model opened a plate of size 0: the batch is empty; pass at least one row"
+        ) from error
+    return reader.structure(static=until is None and not given and not escapes.found)
+
+
+def feasible_value(site: dict[str, Any]) -> Tensor:
+    """A value inside the support that costs no random number: the image of zero."""
+    fn = site["fn"]
+    try:
+        transform = bijection(fn.support)
+    except NotImplementedError:
+        return fn.sample()
+    shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)
+    like = next((v for v in vars(fn).values() if _is_float(v)), torch.zeros(()))
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        fn = fn.base_dist
+        like = next((v for v in vars(fn).values() if _is_float(v)), like)
+    return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+
+def random_subset(size: int, count: int, device: torch.device | str | None = None) -> Tensor:
+    """``count`` different numbers below ``size`` in random order, at a cost that ignores ``size``.
+
+    Repeats among a few too many draws are dropped, which leaves a draw without replacement.
+
+    Example:
+        >>> sorted(random_subset(3, 3).tolist())
+        [0, 1, 2]
+    """
+    if 4 * count > size:
+        return torch.randperm(size, device=device)[:count].clone()
+    drawn = torch.randint(size, (count + 16,), device=device)
+    while True:
+        order = drawn.argsort(stable=True)
+        ordered = drawn[order]
+        fresh = torch.ones_like(drawn, dtype=torch.bool)
+        fresh[order[1:]] = ordered[1:] != ordered[:-1]
+        drawn = drawn[fresh]
+        if len(drawn) >= count:
+            return drawn[:count].clone()
+        drawn = torch.cat([drawn, torch.randint(size, (count,), device=device)])
+
+
+class _AllRead(BaseException):
+    """Leaves the model behind the last latent; no model's ``except Exception`` may stop it."""
+
+
+@final
+class _Reader(Messenger):
+    """Collects the sites of one run; the outermost handler, so that it sees them finished."""
+
+    def __init__(
+        self,
+        given: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+        init: Init,
+        until: Collection[str] | None,
+        arguments: Mapping[int | str, Any],
+    ) -> None:
+        super().__init__()
+        self.given = given
+        self.indices = dict(indices)
+        self.chosen: set[str] = set()  # plates whose elements the model itself names
+        self.init = init
+        self.waiting = None if until is None else set(until)
+        self.arguments = arguments
+        self.latents: dict[str, Latent] = {}
+        self.observed: dict[str, Observed] = {}
+        self.plates: dict[str, Plate] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def structure(self, *, static: bool) -> Structure:
+        fixed = all(latent.fixed for latent in self.latents.values())
+        return Structure(
+            self.latents,
+            self.plates,
+            self.observed,
+            self.values,
+            static and fixed and not self.chosen,
+        )
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if _is_subsample(msg):
+            self._note_subsample(msg)
+        elif not msg["is_observed"] and msg["value"] is None and not _is_left_to_model(msg):
+            _check_support(msg)
+            value = self.given.get(msg["name"])
+            msg["value"] = self.init(msg) if value is None else value
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if _is_subsample(msg):
+            return
+        name = msg["name"]
+        if name in self.latents or name in self.observed:
+            raise ValueError(f"the model has two sites named '{name}'; give every pyro.sample its own name")
+        if not msg["is_observed"] and _is_left_to_model(msg):
+            return
+        plates = tuple(plate.name for plate in self._note_plates(msg))
+        if msg["is_observed"]:
+            self.observed[name] = Observed(name, plates, self._argument(msg["value"]))
+            return
+        self.latents[name] = _describe(msg, plates, [self.plates[plate] for plate in plates])
+        self.values[name] = msg["value"]
+        if self.waiting is not None:
+            self.waiting.discard(name)
+            if not self.waiting:
+                raise _AllRead
+
+    def _note_subsample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        if fn.subsample_size is not None and fn.subsample_size > fn.size:
+            raise ValueError(
+                f"plate '{msg['name']}' has size {fn.size}, but its batch has {fn.subsample_size} "
+                "rows; the plate's size is the number of rows of the whole data set"
+            )
+        name, size, batch = msg["name"], fn.size, fn.subsample_size
+        if msg["value"] is not None:
+            self.chosen.add(name)
+            self.indices[name] = torch.as_tensor(msg["value"])
+        elif batch is not None and batch < size:
+            if name not in self.indices:
+                self.indices[name] = random_subset(size, batch, fn.device)
+            msg["value"] = self.indices[name]
+
+    def _note_plates(self, msg: dict[str, Any]) -> list[Plate]:
+        batch_shape = msg["fn"].batch_shape
+        plates = []
+        for frame in msg["cond_indep_stack"]:
+            if not frame.vectorized:
+                _refuse_sequential(msg, frame)
+                continue
+            size = frame.full_size if frame.full_size is not None else frame.size
+            in_shape = -frame.dim <= len(batch_shape)
+            batch = frame.size if size != -1 else (batch_shape[frame.dim] if in_shape else 1)
+            name = frame.name
+            chosen = name in self.chosen
+            plate = Plate(name, frame.dim, size, batch, self.indices.get(name), chosen)
+            plates.append(plate)
+            self.plates[frame.name] = plate
+        return sorted(plates, key=lambda plate: plate.dim)
+
+    def _argument(self, value: Any) -> int | str | None:
+        return next((key for key, argument in self.arguments.items() if argument is value), None)
+
+
+def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) -> Latent:
+    fn = msg["fn"]
+    _check_batch_shape(msg, plates)
+    transform = bijection(fn.support)
+    scale = msg["scale"]
+    for plate in plates:
+        scale = scale / plate.scale
+    mask = None if msg["mask"] is True else msg["mask"]
+    inner_mask, inner_mask_dim = _inner_mask(fn)
+    if inner_mask is not None and inner_mask_dim == 0:  # masks whole elements, like poutine.mask
+        mask = inner_mask if mask is None else inner_mask & mask
+        inner_mask = None
+    return Latent(
+        name=msg["name"],
+        plates=names,
+        support=fn.support,
+        transform=transform,
+        event_shape=fn.event_shape,
+        unconstrained_shape=torch.Size(transform.inverse_shape(fn.event_shape)),
+        mask=mask,
+        inner_mask=inner_mask,
+        inner_mask_dim=inner_mask_dim,
+        scale=1.0 if not isinstance(scale, Tensor) and abs(scale - 1.0) < 1e-9 else scale,
+    )
+
+
+def _inner_mask(fn: Any) -> tuple[Tensor | None, int]:
+    """The mask of a ``MaskedDistribution`` below any number of ``to_event`` calls."""
+    event_dim = 0
+    mask: Tensor | None = None
+    while isinstance(fn, (Independent, MaskedDistribution)):
+        if isinstance(fn, Independent):
+            event_dim += fn.reinterpreted_batch_ndims
+        elif fn._mask is not True:
+            own = torch.as_tensor(fn._mask).expand(fn.batch_shape)
+            mask = own if mask is None else mask & own
+        fn = fn.base_dist
+    return mask, event_dim if mask is not None else 0
+
+
+def _is_subsample(msg: dict[str, Any]) -> bool:
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
+def _is_left_to_model(msg: dict[str, Any]) -> bool:
+    """Whether a latent is no business of the guide's: enumerated, or a plain function of others."""
+    fn = msg["fn"]
+    if msg["infer"].get("enumerate") and fn.has_enumerate_support:
+        return True
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__ in ("Delta", "Unit")
+
+
+def _check_support(msg: dict[str, Any]) -> None:
+    name, support = msg["name"], msg["fn"].support
+    try:
+        bijection(support)
+    except NotImplementedError:
+        if support.is_discrete:
+            hint = (
+                f"is discrete: sum it out under TraceEnum_ELBO by marking it with infer={{'enumerate': "
+                f"'parallel'}} (see https://pyro.ai/examples/enumeration.html), or hide it with "
+                f"AmortizedGuide(poutine.block(model, hide=['{name}']))"
+            )
+        elif "sphere" in repr(support).lower():
+            hint = (
+                "lives on a sphere, which no bijection maps to the whole space: use ProjectedNormal "
+                f"with poutine.reparam(config={{'{name}': ProjectedNormalReparam()}})"
+            )
+        else:
+            hint = f"has the support {support}, to which no bijection is known; reparameterize it"
+        raise ValueError(f"latent site '{name}' {hint}") from None
+
+
+def _check_batch_shape(msg: dict[str, Any], plates: list[Plate]) -> None:
+    shape = msg["fn"].batch_shape
+    dims = {plate.dim for plate in plates}
+    loose = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
+    if loose:
+        raise ValueError(
+            f"latent site '{msg['name']}' has batch shape {tuple(shape)}, but no plate at "
+            f"dim {loose[0]}; open a pyro.plate there or declare it with .to_event(...)"
+        )
+
+
+def _refuse_sequential(msg: dict[str, Any], frame: Any) -> None:
+    if not msg["is_observed"]:
+        raise NotImplementedError(
+            f"latent site '{msg['name']}' lies in the sequential plate '{frame.name}'; "
+            f"vectorize it: 'with pyro.plate(\"{frame.name}\", ...):' instead of 'for ... in'"
+        )
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str, Any]:
+    named: dict[int | str, Any] = dict(enumerate(args))
+    named.update(kwargs)
+    return {key: value for key, value in named.items() if isinstance(value, Tensor)}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

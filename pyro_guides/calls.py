@@ -14,9 +14,10 @@ from torch import Tensor
 from pyro_guides.distributions import Joint, VectorDistribution
 from pyro_guides.groups import Group, Masks, masks, piece
 from pyro_guides.network import Network, encode
+from pyro_guides.plates import subsample_indices
 from pyro_guides.structure import Structure, is_one
 
-__all__ = ["Call", "subsample_indices"]
+__all__ = ["Call"]
 
 
 @final
@@ -160,12 +161,3 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
         return parts[0]
     batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
-
-
-def subsample_indices(plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
-    """The elements that subsampled plates take; those of the trace, if the guide is replayed."""
-    return {
-        name: plate.indices
-        for name, plate in plates.items()
-        if plate.size != -1 and plate.subsample_size < plate.size
-    }

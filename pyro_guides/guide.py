@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import pyro
@@ -13,28 +13,21 @@ import torch
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from torch import Tensor, nn
 
-from pyro_guides.calls import Call, subsample_indices
+from pyro_guides.calls import Call
 from pyro_guides.families import Family, FullRankNormal
 from pyro_guides.groups import lookup
-from pyro_guides.heads import LearnedHead
+from pyro_guides.inputs import with_observations
 from pyro_guides.naming import announce, unique_name
 from pyro_guides.network import Network
 from pyro_guides.planning import Plan, build
-from pyro_guides.structure import (
-    Plate,
-    Structure,
-    live_sites,
-    random_subset,
-    read,
-    signature,
-)
+from pyro_guides.plates import differ, open_plate, subsample_indices, user_plates
+from pyro_guides.structure import Memory, Structure
+from pyro_guides.structure.memory import require
 
 if TYPE_CHECKING:
     from pyro_guides.posterior import Posterior
 
 __all__ = ["AmortizedGuide"]
-
-_KEPT_STRUCTURES = 64
 
 
 @final
@@ -46,7 +39,7 @@ class AmortizedGuide(AutoGuide):
     to its λ, so that the guide serves rows never seen in training. Other groups are *learned*: λ is a
     parameter. Groups are drawn in the model's order, each given those before it that it depends on:
 
-    .. math:: q(z \mid x) = \prod_g q\bigl(u_g; \lambda_g(x, u_{<g})\bigr)\, |\det \partial u_g / \partial z_g|
+    .. math:: q(z \mid x) = \prod_g q\bigl(u_g; \lambda_g(x, u_{<g})\bigr) |\det \partial u_g / \partial z_g|
 
     Works in place of Pyro's autoguides, under any of its ELBOs. With no data to encode it *is* an ordinary
     autoguide. Parameters exist after the first call or :meth:`setup`.
@@ -117,9 +110,7 @@ class AmortizedGuide(AutoGuide):
             init_scale=init_scale,
         )
         self._store_name = unique_name(name)
-        self._known: OrderedDict[Hashable, Structure | None] = OrderedDict()
-        self._observed: frozenset[str] = frozenset()
-        self._live: frozenset[str] = frozenset()
+        self._memory: Memory | None = None
 
     # --- life cycle
 
@@ -156,17 +147,12 @@ class AmortizedGuide(AutoGuide):
         """
         if self.is_set_up:
             return self
-        model = self._require_model()
-        network, structure = build(self._plan, model, args, kwargs)
-        live = frozenset[str]()
-        if len(structure.latents) > 1 and not all(s.fixed for s in structure.latents.values()):
-            live = live_sites(model, args, kwargs)
+        network, structure = build(self._plan, self.model, args, kwargs)
+        memory = Memory(self.model, args, kwargs, structure)
         if self.master is not None:
             self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
-        self._live = live
-        self._observed = frozenset(structure.observed)
-        self._modules["_network"] = network.train(self.training)
-        self._remember(signature(model, args, kwargs), structure)
+        self._memory = memory
+        self._modules["_network"] = network if self.training else network.eval()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -234,56 +220,37 @@ class AmortizedGuide(AutoGuide):
         """Settle the structure, unless it is given, and open the plates of one call."""
         kwargs = dict(kwargs)
         observations = None
-        if "observations" in kwargs and not _accepts(self._model, "observations"):
+        if "observations" in kwargs and not _accepts(self._known_model, "observations"):
             observations = kwargs.pop("observations")
         self.setup(*args, **kwargs)
-        fresh = structure is None
+        settled = structure is not None
         if structure is None:
             structure = self._structure(args, kwargs, complete=observations is not None)
-        self._check_learned(structure)
-        plates = self._open_plates(structure, args, kwargs, fresh=fresh and structure.static)
+        plates = self._open_plates(structure, args, kwargs, fresh=not settled and structure.static)
         indices = subsample_indices(plates)
-        if fresh and not structure.static and _differ(structure, indices):
-            structure = self._read(args, kwargs, indices=indices)
-        inputs = _with_observations(structure, args, kwargs, observations)
-        return Call(
-            self.network,
-            structure,
-            plates,
-            *inputs,
-            live=self._live,
-            reread=lambda given: self._read(args, kwargs, given=given, indices=indices),
-        )
+        reread = partial(self._read_again, args, kwargs, indices)
+        if not settled and not structure.static and differ(structure, indices):
+            structure = reread({})
+        live = self._require_memory().live
+        args, kwargs = with_observations(structure, args, kwargs, observations)
+        return Call(self.network, structure, plates, args, kwargs, live=live, reread=reread)
 
-    def _structure(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, complete: bool = False
-    ) -> Structure:
-        """The model's structure for these arguments, read again unless it is known to be static.
-
-        ``complete`` asks for what lies behind the last latent, too.
-        """
-        key = signature(self._model[0] if self._model else None, args, kwargs)
-        known = self._known.get(key) if key is not None else None
-        if known is not None:
-            return known
-        if complete or (key is not None and key not in self._known):
-            structure = read(self._require_model(), args, kwargs)
-            self._remember(key, structure)
-        else:
-            structure = self._read(args, kwargs)
-        self._check_latents(structure)
+    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, complete: bool) -> Structure:
+        """The model's structure for these arguments, checked against what the guide was set up for."""
+        memory = self._require_memory()
+        structure = memory.structure(self._known_model, args, kwargs, complete=complete)
+        self.network.check_learned(structure)
         return structure
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Structure:
-        names = [name for part in self.network.parts for name in part.group.sites]
-        return read(self._require_model(), args, kwargs, until=names, **options)
-
-    def _remember(self, key: Hashable | None, structure: Structure) -> None:
-        if key is None:
-            return
-        self._known[key] = structure.without_values() if structure.static else None
-        while len(self._known) > _KEPT_STRUCTURES:
-            self._known.popitem(last=False)
+    def _read_again(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: Mapping[str, Tensor],
+        given: Mapping[str, Tensor],
+    ) -> Structure:
+        memory = self._require_memory()
+        return memory.read_again(self.model, args, kwargs, given=given, indices=indices)
 
     def _open_plates(
         self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], *, fresh: bool
@@ -291,94 +258,30 @@ class AmortizedGuide(AutoGuide):
         """The model's plates, opened by the guide; the list's, if the guide is part of one."""
         if self.master is not None:
             return dict(self.master().plates)
-        plates = {plate.name: plate for plate in self._user_plates(args, kwargs)}
+        plates = user_plates(self.create_plates, args, kwargs)
         names = {name for part in self.network.parts for name in part.group.plates}
         for plate in structure.plates_of(names - plates.keys()):
-            plates[plate.name] = _open_plate(plate, fresh=fresh)
+            plates[plate.name] = open_plate(plate, fresh=fresh)
         return plates
-
-    def _user_plates(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[pyro.plate]:
-        if self.create_plates is None:
-            return []
-        plates = self.create_plates(*args, **kwargs)
-        plates = [plates] if isinstance(plates, pyro.plate) else list(plates)
-        for plate in plates:
-            if not isinstance(plate, pyro.plate):
-                raise TypeError(f"create_plates must return pyro.plate objects, got {plate!r}")
-        return plates
-
-    def _structure_of_all_rows(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Structure, set[str]]:
-        """The structure with all rows that are at hand, and the plates that the model subsamples."""
-        structure = self.setup(*args, **kwargs)._structure(args, kwargs, complete=True)
-        full = {
-            name
-            for name, plate in structure.plates.items()
-            if plate.subsampled and not plate.chosen and self._has_all_rows(plate, args, kwargs)
-        }
-        for latent in structure.latents.values():
-            if full & set(latent.plates) and not latent.fixed:
-                raise NotImplementedError(
-                    f"latent '{latent.name}' has a mask, scale or support that the model computes for "
-                    "its own subsample only; pass the rows in batches and let the model take all of them"
-                )
-        return structure.with_full_plates(full), full
-
-    def _has_all_rows(self, plate: Plate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether λ of every latent in the plate is to be had for every element."""
-        counts = [
-            part.source.get(*args, **kwargs).shape[part.source.plates.index(plate.name)]
-            for part in self.network.parts
-            if part.source is not None and plate.name in part.source.plates
-        ]
-        return all(count == plate.size for count in counts)
-
-    def _check_latents(self, structure: Structure) -> None:
-        known = [name for part in self.network.parts for name in part.group.sites]
-        if missing := [name for name in known if name not in structure.latents]:
-            raise ValueError(
-                f"the guide was set up with the latents {missing}, but this call of the model does not "
-                "sample them; make a guide for this model of its own"
-            )
-        new = [n for n in structure.latents if n not in known and n not in self._observed]
-        if new:
-            raise ValueError(
-                f"this call of the model samples the latents {new}, which were not there when the "
-                "guide was set up; set it up with arguments that reach all latents"
-            )
-
-    def _check_learned(self, structure: Structure) -> None:
-        for part, head in zip(self.network.parts, self.network.heads, strict=True):
-            if not isinstance(head, LearnedHead):
-                continue
-            expected = tuple(head.bias.shape[:-1])
-            got = tuple(structure.batch_shape(part.group.plates, full=True))
-            if expected != got:
-                raise ValueError(
-                    f"{part.group} are learned per element of the plates {list(part.group.plates)}: the "
-                    f"guide was set up with shape {expected}, this call has {got}. Amortize them (pass "
-                    "an encoder's input as a float argument, or inputs=...) to serve other rows"
-                )
-
-    def _require_model(self) -> Callable[..., Any]:
-        if self._model is None:
-            raise RuntimeError(
-                "this guide was loaded without its model, which it must read for new arguments: set "
-                "guide.model = model"
-            )
-        return self._model[0]
 
     # --- copies, files and modules
 
     @property
     def model(self) -> Callable[..., Any]:
         """The model; a guide that was unpickled needs it set again."""
-        return self._require_model()
+        return require(self._known_model)
 
     @model.setter
     def model(self, model: Callable[..., Any]) -> None:
         object.__setattr__(self, "_model", (model,))
+
+    @property
+    def _known_model(self) -> Callable[..., Any] | None:
+        return self._model[0] if self._model else None
+
+    def _require_memory(self) -> Memory:
+        _ = self.network  # says what to do if the guide is not set up
+        return cast("Memory", self._memory)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -416,53 +319,11 @@ class AmortizedGuide(AutoGuide):
         return clone
 
 
-def _accepts(model: tuple[Callable[..., Any]] | None, name: str) -> bool:
+def _accepts(model: Callable[..., Any] | None, name: str) -> bool:
     """Whether the model itself has an argument of this name."""
     if model is None:
         return False
     try:
-        return name in inspect.signature(model[0]).parameters
+        return name in inspect.signature(model).parameters
     except (TypeError, ValueError):
         return False
-
-
-def _open_plate(plate: Plate, *, fresh: bool) -> pyro.plate:
-    """Open a plate as the model does; a ``fresh`` subsample where the model asks for any rows."""
-    if plate.size == -1:
-        return pyro.plate(plate.name, dim=plate.dim)
-    if not plate.subsampled:
-        return pyro.plate(plate.name, plate.size, dim=plate.dim)
-    indices = random_subset(plate.size, plate.batch) if fresh else plate.indices
-    return pyro.plate(plate.name, plate.size, subsample=indices, dim=plate.dim)
-
-
-def _differ(structure: Structure, indices: Mapping[str, Tensor]) -> bool:
-    """Whether plates were opened for other elements than those the structure was read for."""
-    return any(
-        name in structure.plates and structure.plates[name].indices is not index
-        for name, index in indices.items()
-    )
-
-
-def _with_observations(
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    observations: Mapping[str, Tensor] | None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with simulated observations in the place of real ones."""
-    if observations is None:
-        return args, kwargs
-    positional, named = list(args), dict(kwargs)
-    for name, value in observations.items():
-        argument = structure.observed[name].argument
-        if argument is None:
-            raise ValueError(
-                f"observed site '{name}' is not one of the model's arguments but computed from them, so "
-                "simulated data cannot take its place; pass it to the model as obs= unchanged"
-            )
-        if isinstance(argument, int):
-            positional[argument] = value
-        else:
-            named[argument] = value
-    return tuple(positional), named

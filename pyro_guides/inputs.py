@@ -15,9 +15,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from pyro_guides.structure import Plate
+from pyro_guides.structure import Plate, Structure
 
-__all__ = ["Source", "find_source", "match_plates"]
+__all__ = ["Source", "check_finite", "find_source", "match_plates", "with_observations"]
 
 
 @final
@@ -73,6 +73,10 @@ class Source:
             x = _take_rows(x, plates, indices, self.label)
         check_finite(x, self.label, missing=missing)
         return x
+
+    def as_rows(self, x: Tensor) -> Tensor:
+        """Inputs as an encoder takes them: ``(B, *features)``; a bare number is a row of one feature."""
+        return x.reshape(-1, *(self.feature_shape or (1,)))
 
     def _check_kind(self, x: Tensor) -> None:
         if x.dim() < len(self.plates) + len(self.feature_shape):
@@ -141,6 +145,30 @@ def find_source(
         return None
     key, tensor = next(iter(floating.items()))
     return _source(_label(key), _getter(key), tensor, fits[key], key)
+
+
+def with_observations(
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    observations: Mapping[str, Tensor] | None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with simulated observations in the place of real ones."""
+    if observations is None:
+        return args, kwargs
+    positional, named = list(args), dict(kwargs)
+    for name, value in observations.items():
+        argument = structure.observed[name].argument
+        if argument is None:
+            raise ValueError(
+                f"observed site '{name}' is not one of the model's arguments but computed from them, so "
+                "simulated data cannot take its place; pass it to the model as obs= unchanged"
+            )
+        if isinstance(argument, int):
+            positional[argument] = value
+        else:
+            named[argument] = value
+    return tuple(positional), named
 
 
 def match_plates(tensor: Tensor, plates: Sequence[Plate], label: str) -> tuple[Plate, ...]:

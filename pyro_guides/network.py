@@ -16,7 +16,7 @@ from pyro_guides.distributions import VectorDistribution
 from pyro_guides.encoders import Standardize
 from pyro_guides.families import BoundFamily
 from pyro_guides.groups import Group
-from pyro_guides.heads import held_fixed
+from pyro_guides.heads import LearnedHead, held_fixed
 from pyro_guides.inputs import Source
 from pyro_guides.structure import Structure
 
@@ -60,6 +60,20 @@ class Network(nn.Module):
     def family(self, index: int) -> BoundFamily:
         """The family of one group."""
         return cast("BoundFamily", self.families[index])
+
+    def check_learned(self, structure: Structure) -> None:
+        """Raise a ValueError if a group learned per element meets other elements than it knows."""
+        for part, head in zip(self.parts, self.heads, strict=True):
+            if not isinstance(head, LearnedHead):
+                continue
+            expected = tuple(head.bias.shape[:-1])
+            got = tuple(structure.batch_shape(part.group.plates, full=True))
+            if expected != got:
+                raise ValueError(
+                    f"{part.group} are learned per element of the plates {list(part.group.plates)}: the "
+                    f"guide was set up with shape {expected}, this call has {got}. Amortize them (pass "
+                    "an encoder's input as a float argument, or inputs=...) to serve other rows"
+                )
 
     def parameters_of(
         self,
@@ -127,7 +141,7 @@ def encode(
     plates = [structure.plates[name] for name in source.plates]
     x = source.rows(args, kwargs, plates, indices, missing=declares_missing(encoder))
     batch = x.shape[: x.dim() - len(source.feature_shape)]
-    context = encoder(x.reshape(-1, *_features(source)) if batch else x)
+    context = encoder(source.as_rows(x) if batch else x)
     _check_context(context, batch.numel() if batch else None, encoder)
     if not batch:
         return context
@@ -140,10 +154,6 @@ def declares_missing(encoder: nn.Module) -> bool:
     """Whether the encoder, or a ``Standardize`` in it, takes NaN for a missing value."""
     own = getattr(encoder, "missing", False)
     return bool(own) or any(isinstance(m, Standardize) and m.missing for m in encoder.modules())
-
-
-def _features(source: Source) -> tuple[int, ...]:
-    return tuple(source.feature_shape) or (1,)  # one number per element is a row of one feature
 
 
 def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:

@@ -40,7 +40,7 @@ class FusedOptim(PyroOptim):
         >>> p = torch.nn.Parameter(torch.ones(1))
         >>> p.grad = torch.ones(1)
         >>> optimizer({p})
-        ... p.data
+        >>> p.data
         tensor([0.5000])
     """
 

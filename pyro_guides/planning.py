@@ -13,7 +13,7 @@ from pyro_guides.encoders import MLP
 from pyro_guides.families import Family, FullRankNormal
 from pyro_guides.groups import Group, check_keys, group_latents, lookup
 from pyro_guides.heads import AmortizedHead, LearnedHead
-from pyro_guides.inputs import Source, find_source
+from pyro_guides.inputs import Source, check_finite, find_source
 from pyro_guides.network import Network, Part, encode
 from pyro_guides.structure import Structure, neighbours, read, upstream
 
@@ -122,10 +122,8 @@ def _standardize_with_all_rows(
     """Statistics come from every row at hand, even if the model subsamples them."""
     if isinstance(encoder, MLP) and encoder.standardize.mean is None and source.plates:
         x: Tensor = source.get(*args, **kwargs)
-        row_dim = len(source.plates)
-        finite = x.isfinite().all() if not encoder.standardize.missing else not x.isinf().any()
-        if finite:  # otherwise the checks ahead have more to say
-            encoder.standardize.fit(x.flatten(0, row_dim - 1).flatten(1))
+        check_finite(x, source.label, missing=encoder.standardize.missing)
+        encoder.standardize.fit(source.as_rows(x).flatten(1))
 
 
 def _sources(

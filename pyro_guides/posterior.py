@@ -15,7 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_guides.distributions.transforms import strip_independent
-from pyro_guides.structure import Latent, Observed
+from pyro_guides.structure import Latent, Observed, Plate, Structure
 
 if TYPE_CHECKING:
     from pyro_guides.guide import AmortizedGuide
@@ -61,7 +61,7 @@ class Posterior:
         self.args = args
         self.kwargs = kwargs
         self.num_draws = num_draws
-        self.structure, self._completed = guide._structure_of_all_rows(args, kwargs)
+        self.structure, self._completed = self._with_all_rows()
 
     def __repr__(self) -> str:
         shapes = ", ".join(
@@ -182,6 +182,31 @@ class Posterior:
         return groups, dims, attrs
 
     # --- passes over guide and model
+
+    def _with_all_rows(self) -> tuple[Structure, set[str]]:
+        """The structure with all rows that are at hand, and the plates that the model subsamples."""
+        structure = self.guide._structure(self.args, self.kwargs, complete=True)
+        full = {
+            name
+            for name, plate in structure.plates.items()
+            if plate.subsampled and not plate.chosen and self._has_all_rows(plate)
+        }
+        for latent in structure.latents.values():
+            if full & set(latent.plates) and not latent.fixed:
+                raise NotImplementedError(
+                    f"latent '{latent.name}' has a mask, scale or support that the model computes for its "
+                    "own subsample only; use a model that takes the rows it is given whole"
+                )
+        return structure.with_full_plates(full), full
+
+    def _has_all_rows(self, plate: Plate) -> bool:
+        """Whether λ of every latent in the plate is to be had for every element."""
+        counts = [
+            part.source.get(*self.args, **self.kwargs).shape[part.source.plates.index(plate.name)]
+            for part in self.guide.network.parts
+            if part.source is not None and plate.name in part.source.plates
+        ]
+        return all(count == plate.size for count in counts)
 
     @cached_property
     def _traces(self) -> list[Trace]:

@@ -9,11 +9,13 @@ from pyro_guides.structure.description import Observed as Observed
 from pyro_guides.structure.description import Plate as Plate
 from pyro_guides.structure.description import Structure as Structure
 from pyro_guides.structure.description import is_one as is_one
+from pyro_guides.structure.memory import Memory as Memory
 from pyro_guides.structure.reading import random_subset as random_subset
 from pyro_guides.structure.reading import read as read
 
 __all__ = [
     "Latent",
+    "Memory",
     "Observed",
     "Plate",
     "Structure",

@@ -1,0 +1,118 @@
+"""Remembers the structures of a model that cannot change, and checks those that do."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, final
+
+from torch import Tensor
+
+from pyro_guides.structure.changes import signature
+from pyro_guides.structure.dependencies import live_sites
+from pyro_guides.structure.description import Structure
+from pyro_guides.structure.reading import read
+
+__all__ = ["Memory"]
+
+Model = Callable[..., Any]
+_CAPACITY = 64
+
+
+@final
+class Memory:
+    """What a guide knows of its model between calls.
+
+    Args:
+        model: the model.
+        args: the arguments it was first read with.
+        kwargs: the keyword arguments it was first read with.
+        structure: the structure that was found.
+    """
+
+    def __init__(
+        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Structure
+    ) -> None:
+        self.latents = tuple(structure.latents)
+        self.observed = frozenset(structure.observed)
+        changeable = not all(latent.fixed for latent in structure.latents.values())
+        several = len(self.latents) > 1
+        self.live = live_sites(model, args, kwargs) if several and changeable else frozenset[str]()
+        # None marks a signature whose structure may differ from call to call.
+        self._known: OrderedDict[Hashable, Structure | None] = OrderedDict()
+        self._remember(signature(model, args, kwargs), structure)
+
+    def structure(
+        self,
+        model: Model | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        complete: bool = False,
+    ) -> Structure:
+        """The model's structure for these arguments, read again unless it is known to be static.
+
+        Args:
+            model: the model; None if only what is remembered can be had.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            complete: whether what lies behind the last latent is needed, too.
+
+        Raises:
+            RuntimeError: there is no model, and the structure is not known.
+            ValueError: the latents are not those of the guide.
+        """
+        key = signature(model, args, kwargs)
+        known = self._known.get(key) if key is not None else None
+        if known is not None:
+            return known
+        model = require(model)
+        if complete or (key is not None and key not in self._known):
+            structure = read(model, args, kwargs)
+            self._remember(key, structure)
+        else:
+            structure = self.read_again(model, args, kwargs)
+        self._check(structure)
+        return structure
+
+    def read_again(
+        self,
+        model: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        given: Mapping[str, Tensor] | None = None,
+        indices: Mapping[str, Tensor] | None = None,
+    ) -> Structure:
+        """Read the model up to its last latent, at given values and elements of plates."""
+        return read(model, args, kwargs, given=given, indices=indices, until=self.latents)
+
+    def _remember(self, key: Hashable | None, structure: Structure) -> None:
+        if key is None:
+            return
+        self._known[key] = structure.without_values() if structure.static else None
+        while len(self._known) > _CAPACITY:
+            self._known.popitem(last=False)
+
+    def _check(self, structure: Structure) -> None:
+        if missing := [name for name in self.latents if name not in structure.latents]:
+            raise ValueError(
+                f"the guide was set up with the latents {missing}, but this call of the model does not "
+                "sample them; make another guide for this use of the model"
+            )
+        known = {*self.latents, *self.observed}
+        if new := [name for name in structure.latents if name not in known]:
+            raise ValueError(
+                f"this call of the model samples the latents {new}, which were not there when the "
+                "guide was set up; set it up with arguments that reach all latents"
+            )
+
+
+def require(model: Model | None) -> Model:
+    """The model, which a guide that was loaded from a file may lack."""
+    if model is None:
+        raise RuntimeError(
+            "this guide was loaded without its model, which it must read for new arguments: set "
+            "guide.model = model"
+        )
+    return model

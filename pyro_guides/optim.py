@@ -29,6 +29,7 @@ class FusedOptim(PyroOptim):
             added where the optimizer has it.
         clip_args: ``clip_norm`` and/or ``clip_value``, or a function from module and parameter name to
             them, as in Pyro; clips each parameter on its own.
+        schedule: from the number of steps made so far to a factor on the learning rate.
 
     Raises:
         TypeError: ``optim_args`` or ``clip_args`` is neither a dict nor callable.
@@ -49,11 +50,14 @@ class FusedOptim(PyroOptim):
         optim_constructor: type[Optimizer],
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[..., dict[str, float]] | None = None,
+        *,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
         for label, value in (("optim_args", optim_args), ("clip_args", clip_args or {})):
             if not callable(value) and not isinstance(value, dict):
                 raise TypeError(f"{label} must be a dict or a function that returns one, got {value!r}")
         super().__init__(optim_constructor, optim_args, clip_args)
+        self.schedule = schedule
         self._constructor: Callable[..., Optimizer] = optim_constructor
         self._has_fused = "fused" in inspect.signature(optim_constructor).parameters
         self.optimizer: Optimizer | None = None
@@ -73,6 +77,7 @@ class FusedOptim(PyroOptim):
         for param in unused:
             param.grad = None
         if self.optimizer is not None:
+            self._follow_schedule(self.optimizer)
             self.optimizer.step(*args, **kwargs)
         for param, gradient in zip(unused, gradients, strict=True):
             param.grad = gradient
@@ -93,6 +98,14 @@ class FusedOptim(PyroOptim):
         self._state_waiting_to_be_consumed.update(state_dict)
         for param in self._groups:
             self._restore(param)
+
+    def _follow_schedule(self, optimizer: Optimizer) -> None:
+        if self.schedule is None:
+            return
+        for group in optimizer.param_groups:
+            steps = group.setdefault("steps", 0)
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.schedule(steps)
+            group["steps"] = steps + 1
 
     def _take_in(self, param: Tensor) -> None:
         options = dict(self._get_optim_args(param))
@@ -129,27 +142,31 @@ class Adam(FusedOptim):
         optim_args: keyword arguments of ``torch.optim.Adam``, or a function from a parameter's name to
             them.
         clip_args: see :class:`FusedOptim`.
+        schedule: see :class:`FusedOptim`.
 
     Source: Diederik P. Kingma, Jimmy Ba, "Adam: A Method for Stochastic Optimization", 2015,
     arXiv:1412.6980.
 
     Example:
         >>> from pyro_guides import optim
-        >>> optimizer = optim.Adam({"lr": 1e-3})
+        >>> optimizer = optim.Adam({"lr": 1e-3}, schedule=lambda step: 0.999**step)
     """
 
     def __init__(
         self,
         optim_args: dict[str, Any] | Callable[..., dict[str, Any]],
         clip_args: dict[str, float] | Callable[..., dict[str, float]] | None = None,
+        *,
+        schedule: Callable[[int], float] | None = None,
     ) -> None:
-        super().__init__(torch.optim.Adam, optim_args, clip_args)
+        super().__init__(torch.optim.Adam, optim_args, clip_args, schedule=schedule)
 
 
 def _add(optimizer: Optimizer, param: Tensor, options: dict[str, Any]) -> None:
     """Join the group with the same options, for one fused step; open a new one otherwise."""
     for group in optimizer.param_groups:
-        if all(group[key] == value for key, value in options.items()):
+        base = {**group, "lr": group.get("initial_lr", group.get("lr"))}
+        if all(base[key] == value for key, value in options.items()):
             group["params"].append(param)
             return
     optimizer.add_param_group({"params": [param], **options})

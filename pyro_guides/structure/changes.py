@@ -6,13 +6,15 @@ while the model ran, for only there can they decide which sites exist and how la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["EscapeDetector", "signature"]
 
@@ -34,12 +36,17 @@ def signature(
 
 
 @final
-class EscapeDetector(TorchFunctionMode):
-    """Notes whether a tensor's *values* reached Python, where they can decide anything."""
+class EscapeDetector:
+    """Notes whether a tensor's *values* reached Python or decided a shape while a model ran."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.found = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what the block does."""
+        with _FunctionWatch(self), _DispatchWatch(self):
+            yield
 
     def ignoring(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function that is no part of the model, whatever it looks at."""
@@ -48,33 +55,36 @@ class EscapeDetector(TorchFunctionMode):
         self.found = found
         return result
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found = self.found or func in _ESCAPES or _selects_by_mask(func, args)
+
+@final
+class _DispatchWatch(TorchDispatchMode):
+    """Sees the operations that torch itself marks as depending on values."""
+
+    def __init__(self, detector: EscapeDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+        if any(tag in func.tags for tag in tags):
+            self.detector.found = True
         return func(*args, **(kwargs or {}))
 
 
-_ESCAPES = frozenset(
-    getattr(owner, name)
-    for owner, names in (
-        (
-            Tensor,
-            "item tolist numpy __array__ __bool__ __int__ __float__ __index__ __complex__ "
-            "__contains__ nonzero unique unique_consecutive masked_select argwhere equal allclose",
-        ),
-        (
-            torch,
-            "is_nonzero nonzero unique unique_consecutive masked_select argwhere equal allclose bincount",
-        ),
-    )
-    for name in names.split()
-)
+@final
+class _FunctionWatch(TorchFunctionMode):
+    """Sees the conversions that read memory without any operation."""
 
+    _conversions = frozenset((Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__))
 
-def _selects_by_mask(func: Any, args: Any) -> bool:
-    if func is not Tensor.__getitem__:
-        return False
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
-    return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+    def __init__(self, detector: EscapeDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._conversions:
+            self.detector.found = True
+        return func(*args, **(kwargs or {}))
 
 
 def _key(value: Any) -> Hashable:

@@ -7,7 +7,7 @@ otherwise it is read again at every call, up to the last latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, final
 
@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 
 from pyro_guides.distributions.transforms import bijection
 from pyro_guides.structure.changes import EscapeDetector
@@ -60,7 +60,7 @@ def read(
     reader = _Reader(given or {}, indices or {}, start, until, _arguments(args, kwargs))
     try:
         # Validation turns tensors into booleans all the time, and the real run does it anyway.
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), escapes, reader:
+        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), escapes.watching(), reader:
             model(*args, **kwargs)
     except _AllRead:
         pass
@@ -78,12 +78,18 @@ def feasible_value(site: dict[str, Any]) -> Tensor:
         transform = bijection(fn.support)
     except NotImplementedError:
         return fn.sample()
-    shape = fn.batch_shape + transform.inverse_shape(fn.event_shape)
-    like = next((v for v in vars(fn).values() if _is_float(v)), torch.zeros(()))
-    while isinstance(fn, (Independent, MaskedDistribution)):
-        fn = fn.base_dist
-        like = next((v for v in vars(fn).values() if _is_float(v)), like)
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+    like = next(_parameters(fn), torch.zeros(()))
     return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+
+def _parameters(fn: Distribution) -> Iterator[Tensor]:
+    """The floating-point tensors of a distribution and of those it is made from."""
+    for value in vars(fn).values():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield value
+        elif isinstance(value, Distribution):
+            yield from _parameters(value)
 
 
 def random_subset(size: int, count: int, device: torch.device | str | None = None) -> Tensor:
@@ -219,6 +225,7 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
     for plate in plates:
         scale = scale / plate.scale
     mask = None if msg["mask"] is True else msg["mask"]
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     inner_mask, inner_mask_dim = _inner_mask(fn)
     if inner_mask is not None and inner_mask_dim == 0:  # masks whole elements, like poutine.mask
         mask = inner_mask if mask is None else inner_mask & mask
@@ -229,7 +236,7 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
         support=fn.support,
         transform=transform,
         event_shape=fn.event_shape,
-        unconstrained_shape=torch.Size(transform.inverse_shape(fn.event_shape)),
+        unconstrained_shape=torch.Size(shape[len(fn.batch_shape) :]),
         mask=mask,
         inner_mask=inner_mask,
         inner_mask_dim=inner_mask_dim,
@@ -309,7 +316,3 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int | str,
     named: dict[int | str, Any] = dict(enumerate(args))
     named.update(kwargs)
     return {key: value for key, value in named.items() if isinstance(value, Tensor)}
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

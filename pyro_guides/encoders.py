@@ -67,7 +67,7 @@ class Standardize(nn.Module):
         scale = torch.maximum(scale, deviation.abs().amax(0) / _LARGEST_INPUT)
         # One row says nothing about where a feature is centred or how far it spreads.
         mean = torch.where(count > 1, mean, torch.zeros_like(mean))
-        constant = scale <= 1e-6 * mean.abs()
+        constant = scale <= 8.0 * torch.finfo(x.dtype).eps * mean.abs()  # no more than rounding
         self.mean = mean
         self.inverse_scale = torch.where(constant, torch.ones_like(scale), 1.0 / scale)
         return self
@@ -155,6 +155,15 @@ class MLP(nn.Module):
         x = self.standardize(x.flatten(1))
         linear = self.linear or self._build(x)
         return cast("Tensor", self.blocks(linear(x)))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Layers that were never built here may still be loaded; children are loaded after this.
+        weight = state_dict.get(prefix + "linear.weight")
+        if self.linear is None and weight is not None:
+            self._build(weight.new_empty(0, weight.shape[1]))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _build(self, x: Tensor) -> nn.Module:
         options: dict[str, Any] = {"dtype": x.dtype, "device": x.device}

@@ -99,6 +99,11 @@ class AmortizedGuide(AutoGuide):
         create_plates: Callable[..., Any] | None = None,
         name: str | None = None,
     ) -> None:
+        for label, function in (("model", model), ("create_plates", create_plates)):
+            if not callable(function) and not (label == "create_plates" and function is None):
+                raise TypeError(f"{label} must be a function, got {function!r}")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, got {name!r}")
         super().__init__(model, create_plates=create_plates)
         self._plan = Plan(
             encoder=encoder,

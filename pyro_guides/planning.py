@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
 from pyro_guides.encoders import MLP
-from pyro_guides.families import Family, FullRankNormal
+from pyro_guides.families import SMALLEST_SCALE, Family, FullRankNormal
 from pyro_guides.groups import Group, check_keys, group_latents, lookup
 from pyro_guides.heads import AmortizedHead, LearnedHead
 from pyro_guides.inputs import Source, check_finite, find_source
@@ -39,10 +41,20 @@ class Plan:
         for inputs in _items(self.inputs):
             if not callable(inputs):
                 raise TypeError(f"inputs must be a function of the model's arguments, got {inputs!r}")
-        if isinstance(self.amortize, str):
-            raise TypeError(f"amortize must be a list of plate names, got the string {self.amortize!r}")
-        if not isinstance(self.init_scale, (int, float)) or not 0.0 < self.init_scale < float("inf"):
-            raise ValueError(f"init_scale must be a positive number, got {self.init_scale!r}")
+        if self.amortize is not None and not _is_names(self.amortize):
+            raise TypeError(
+                f"amortize must be a list of plate names (or None for all that line up with the inputs), "
+                f"got {self.amortize!r}"
+            )
+        if not callable(self.init_loc_fn):
+            raise TypeError(
+                f"init_loc_fn must be a function such as init_to_median, got {self.init_loc_fn!r}"
+            )
+        scale = self.init_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"init_scale must be a number, got {scale!r}")
+        if not SMALLEST_SCALE < float(scale) < float("inf"):
+            raise ValueError(f"init_scale must be positive, above {SMALLEST_SCALE}, got {scale!r}")
 
 
 def build(
@@ -62,9 +74,11 @@ def build(
         parts.append(Part(group, link, source, encoder))
     network = Network(parts, encoders)
     locs = [_initial_loc(group, structure) for group in groups]
-    contexts = _contexts(network, structure, args, kwargs)
+    # A rehearsal on copies: lazy layers of the user's encoders must not keep what a bad input left there.
+    contexts = _contexts(parts, copy.deepcopy(encoders), structure, args, kwargs)
     for part, loc in zip(parts, locs, strict=True):
         _add_head(network, part, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+    _contexts(parts, encoders, structure, args, kwargs)
     return network, structure
 
 
@@ -99,17 +113,21 @@ def _add_head(
 
 
 def _contexts(
-    network: Network, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    parts: Sequence[Part],
+    encoders: Sequence[nn.Module],
+    structure: Structure,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> dict[tuple[int, int], Tensor]:
     """One pass of every encoder, which also lets lazy layers find their sizes and statistics."""
     indices = {n: p.indices for n, p in structure.plates.items() if p.indices is not None}
     contexts: dict[tuple[int, int], Tensor] = {}
-    for part in network.parts:
+    for part in parts:
         if part.source is None or part.encoder is None:
             continue
         key = (part.encoder, id(part.source))
         if key not in contexts:
-            encoder = network.encoders[part.encoder]
+            encoder = encoders[part.encoder]
             with torch.no_grad():
                 _standardize_with_all_rows(encoder, part.source, args, kwargs)
                 contexts[key] = encode(encoder, part.source, structure, args, kwargs, indices)
@@ -275,6 +293,14 @@ def _check_kinds(choice: Any, kind: type, argument: str, expected: str) -> None:
     for item in _items(choice):
         if not isinstance(item, kind):
             raise TypeError(f"{argument} must be {expected}, got {item!r}")
+
+
+def _is_names(names: Any) -> bool:
+    return (
+        isinstance(names, Collection)
+        and not isinstance(names, str)
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _items(choice: Any) -> list[Any]:

@@ -55,6 +55,8 @@ class Posterior:
         *,
         num_draws: int = 1000,
     ) -> None:
+        if isinstance(num_draws, bool) or not isinstance(num_draws, int):
+            raise TypeError(f"num_draws must be an int, got {num_draws!r}")
         if num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {num_draws}")
         self.guide = guide
@@ -112,6 +114,8 @@ class Posterior:
 
     def sd(self) -> dict[str, Tensor]:
         """The standard deviation of the draws of each latent, in its natural shape."""
+        if self.num_draws < 2:
+            raise ValueError("a standard deviation needs at least 2 draws; ask for more num_draws")
         return {name: draws.std(0) for name, draws in self.draws.items()}
 
     def median(self) -> dict[str, Tensor]:
@@ -127,12 +131,12 @@ class Posterior:
         Raises:
             ValueError: a probability is not between 0 and 1.
         """
-        levels = torch.as_tensor(probabilities)
-        if not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"quantiles must lie between 0 and 1, got {probabilities}")
+        levels = torch.as_tensor(probabilities, dtype=torch.float64)
+        if levels.dim() != 1 or not len(levels) or not bool(((levels >= 0) & (levels <= 1)).all()):
+            raise ValueError(f"quantiles must be a list of numbers from 0 to 1, got {probabilities}")
         if not self._has_closed_quantiles():
             return {n: torch.quantile(x, levels.to(x), dim=0) for n, x in self.draws.items()}
-        placed = [self._place(level) for level in levels.flatten()]
+        placed = [self._place(level) for level in levels]
         return {name: torch.stack([values[name] for values in placed]) for name in placed[0]}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -142,8 +146,10 @@ class Posterior:
             values: by site, in natural shapes, or with one more dimension of draws on the left.
 
         Raises:
-            ValueError: a latent's value is missing, or has another shape.
+            ValueError: a latent's value is missing, has another shape, or lies outside its support.
         """
+        if unknown := [name for name in values if name not in self.structure.latents]:
+            raise ValueError(f"there are no latents {unknown}; they are {list(self.structure.latents)}")
         given = {name: self._widened(name, values) for name in self.structure.latents}
         count = max(map(len, given.values()))
         trace = self._trace(poutine.condition(self._run_guide, data=given), count)
@@ -311,12 +317,16 @@ class Posterior:
         if name not in values:
             raise ValueError(f"values for all latents are needed, but '{name}' is missing")
         value = values[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the value of '{name}' must be a tensor, got a {type(value).__name__}")
         lead = value.shape[: value.dim() - len(natural)]
         if len(lead) > 1 or value.shape != lead + natural:
             raise ValueError(
                 f"the value of '{name}' has shape {tuple(value.shape)}, expected {tuple(natural)} or "
                 f"(S, {', '.join(map(str, natural))})"
             )
+        if latent.fixed and not bool(latent.support.check(value).all()):
+            raise ValueError(f"the value of '{name}' lies outside its support {latent.support}")
         batch = self.structure.batch_shape(latent.plates)
         gap = (1,) * (self.structure.depth - len(batch))
         return value.reshape(*(lead or (1,)), *gap, *natural)

@@ -23,7 +23,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
 from pyro_guides.distributions.transforms import is_identity, strip_independent
-from pyro_guides.distributions.vector import Shape, VectorDistribution, score_parts
+from pyro_guides.distributions.vector import Mark, Shape, VectorDistribution, score_parts
 
 __all__ = ["Joint", "Piece", "SiteDistribution"]
 
@@ -86,7 +86,7 @@ class Joint:
         self.last = list(bounds)[-1]
         self._pieces: dict[str, Piece] = {}
         self._draw: Tensor | None = None
-        self._drawn: dict[str, Tensor] = {}
+        self._drawn: dict[str, Mark] = {}
         self._values: dict[str, Tensor] = {}
 
     def site(self, name: str, piece: Piece) -> SiteDistribution:
@@ -103,7 +103,7 @@ class Joint:
         if self._draw is None:
             self._draw = self.distribution()
         value = self._pieces[name].constrain(self._draw[..., slice(*self.bounds[name])])
-        self._drawn[name] = value
+        self._drawn[name] = Mark(value)
         return value
 
     def take(self, name: str, value: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Joint:
         return self._pieces[name].unconstrain(self._values[name])
 
     def _is_own(self, name: str) -> bool:
-        return name in self._drawn and self._values[name] is self._drawn[name]
+        return name in self._drawn and self._drawn[name].matches(self._values[name])
 
 
 @final

@@ -15,7 +15,7 @@ Gradient Estimators for Variational Inference", 2017, arXiv:1703.09194.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -24,7 +24,7 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Shape", "VectorDistribution", "score_parts"]
+__all__ = ["Mark", "Shape", "VectorDistribution", "score_parts"]
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -33,6 +33,23 @@ def score_parts(log_prob: Tensor, entropy_term: Tensor) -> ScoreParts:
     """Pyro's record of a fully reparameterized site, which has no score function."""
     no_score: Any = 0.0
     return ScoreParts(log_prob, no_score, entropy_term)
+
+
+@final
+class Mark:
+    """Recognises a tensor, unless it was changed in place since."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = _version(tensor)
+
+    def matches(self, other: Tensor) -> bool:
+        """Whether ``other`` is the tensor, as it was."""
+        return other is self.tensor and _version(other) == self.version
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no count
 
 
 class VectorDistribution(TorchDistribution):
@@ -57,7 +74,7 @@ class VectorDistribution(TorchDistribution):
         # The same density with the weights behind λ held fixed but the upstream values live; set by
         # a guide whose λ depends on upstream draws, whose paths must stay in the entropy.
         self.path_twin: VectorDistribution | None = None
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Mark, Tensor] | None = None
 
     @abstractmethod
     def push(self, noise: Tensor) -> Tensor:
@@ -87,7 +104,7 @@ class VectorDistribution(TorchDistribution):
         """Draw u with a gradient path to λ: ``(*sample_shape, *batch_shape, D)``."""
         noise = self.sample_noise(self._extended_shape(torch.Size(sample_shape)))
         value = self.push(noise)
-        self._drawn = (value, noise)
+        self._drawn = (Mark(value), noise)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -113,6 +130,6 @@ class VectorDistribution(TorchDistribution):
 
     def _noise_of(self, value: Tensor) -> Tensor:
         value = detach_provenance(value)  # a tracked value hides the identity of the draw
-        if self._drawn is not None and value is self._drawn[0]:
+        if self._drawn is not None and self._drawn[0].matches(value):
             return self._drawn[1]
         return self.pull(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -19,10 +20,10 @@ from pyro_guides.distributions import (
 )
 from pyro_guides.families.base import BoundFamily, Family
 
-__all__ = ["DiagonalNormal", "FullRankNormal", "LowRankNormal"]
+__all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 
 # Keeps log q and its gradients finite when an encoder overshoots; far below any posterior's scale.
-_SMALLEST_SCALE = 1e-6
+SMALLEST_SCALE = 1e-6
 # Zero directions would be a saddle point: their gradient vanishes with them.
 _INITIAL_DIRECTIONS = 0.01
 
@@ -60,7 +61,7 @@ class FullRankNormal(Family):
     r"""The normal with any covariance: :math:`u = \mu + \mathrm{diag}(s)(I + T)\varepsilon`.
 
     T is strictly lower triangular and starts at zero, so the family starts as the diagonal one.
-    λ = (μ, s, T) has W = 2D + D(D - 1)/2 values; beyond D of about 32 take :class:`LowRankNormal`.
+    λ = (μ, s, √D T) has W = 2D + D(D - 1)/2 values; beyond D of about 32 take :class:`LowRankNormal`.
 
     Args:
         stick_the_landing: see :class:`DiagonalNormal`.
@@ -141,12 +142,13 @@ class _BoundNormal(BoundFamily):
         return loc.new_zeros(*loc.shape[:-1], self.width - 2 * self.size)
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
-        raw = torch.full_like(loc, scale - _SMALLEST_SCALE).expm1().log()  # inverse of softplus
+        excess = torch.full_like(loc, scale - SMALLEST_SCALE)
+        raw = excess + (-(-excess).expm1()).log()  # the inverse of softplus
         return torch.cat([loc, raw, self.initial_couplings(loc)], dim=-1)
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorNormal:
         loc, raw, couplings = parameters.split([self.size, self.size, self.width - 2 * self.size], dim=-1)
-        scale = self.scale(softplus(raw) + _SMALLEST_SCALE, couplings, scored)
+        scale = self.scale(softplus(raw) + SMALLEST_SCALE, couplings, scored)
         return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
 
 
@@ -165,7 +167,7 @@ class _BoundDiagonal(_BoundNormal):
             return self(parameters, scored)
         loc = parameters[..., start:stop]
         raw = parameters[..., self.size + start : self.size + stop]
-        scale = DiagonalScale(softplus(raw) + _SMALLEST_SCALE, scored)
+        scale = DiagonalScale(softplus(raw) + SMALLEST_SCALE, scored)
         return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
 
 
@@ -177,7 +179,8 @@ class _BoundFullRank(_BoundNormal):
     def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
         if self.size == 1:
             return DiagonalScale(diagonal, scored)
-        return CholeskyScale(diagonal, couplings, scored)
+        # D couplings add up in a row; so scaled, a step of all of them moves u as one of s does.
+        return CholeskyScale(diagonal, couplings / math.sqrt(self.size), scored)
 
 
 @final

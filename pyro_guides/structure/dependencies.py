@@ -18,6 +18,7 @@ import torch
 from pyro import poutine
 from pyro.infer.inspect import TrackProvenance, get_dependencies
 from pyro.ops.provenance import get_provenance
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
@@ -75,7 +76,8 @@ def live_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         TrackProvenance(),
     ):
         trace = poutine.trace(model).get_trace(*args, **kwargs)
-    latents: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+    nodes: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+    latents = {name: site for name, site in nodes.items() if not site_is_subsample(site)}
     return frozenset(
         name
         for name, site in latents.items()

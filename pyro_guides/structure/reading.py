@@ -64,10 +64,6 @@ def read(
             model(*args, **kwargs)
     except _AllRead:
         pass
-    except ZeroDivisionError as error:
-        raise ValueError(
-            "the model opened a plate of size 0: the batch is empty; pass at least one row"
-        ) from error
     return reader.structure(static=until is None and not given and not escapes.found)
 
 
@@ -188,6 +184,8 @@ class _Reader(Messenger):
                 "rows; the plate's size is the number of rows of the whole data set"
             )
         name, size, batch = msg["name"], fn.size, fn.subsample_size
+        if size == 0 or batch == 0:
+            raise ValueError(f"plate '{name}' has size 0: the batch is empty; pass at least one row")
         if msg["value"] is not None:
             self.chosen.add(name)
             self.indices[name] = torch.as_tensor(msg["value"])

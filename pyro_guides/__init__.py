@@ -1,9 +1,11 @@
 """Amortized variational posteriors for any Pyro model."""
 
+from pyro_guides import optim as optim
 from pyro_guides.encoders import MLP as MLP
 from pyro_guides.encoders import Standardize as Standardize
 from pyro_guides.export import to_arviz as to_arviz
 from pyro_guides.families import DiagonalNormal as DiagonalNormal
+from pyro_guides.families import Family as Family
 from pyro_guides.families import FullRankNormal as FullRankNormal
 from pyro_guides.families import LowRankNormal as LowRankNormal
 from pyro_guides.guide import AmortizedGuide as AmortizedGuide

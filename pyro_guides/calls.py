@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast, final
 
 import pyro
@@ -55,15 +56,17 @@ class Call:
         self.reread = reread
         self.values: dict[str, Tensor] = {}
         self.unconstrained: list[Tensor] = []
+        self._joints: list[list[Joint]] = []
         self._contexts: dict[tuple[int, int], Tensor] = {}
 
     def sample(self) -> dict[str, Tensor]:
         """Run one ``pyro.sample`` per latent, group by group; their values by name."""
         for index, part in enumerate(self.network.parts):
             found = self._masks(part.group)
-            joints = self._joints(index, part.group, found)
+            joints = self._new_joints(index, part.group, found)
+            self._joints.append(joints)
             drawn = [self._sample_joint(joint, part.group, found) for joint in joints]
-            self.unconstrained.append(drawn[0] if len(drawn) == 1 else torch.cat(drawn, dim=-1))
+            self.unconstrained.append(_joined(drawn))
         return self.values
 
     def place(self, pick: Callable[[VectorDistribution], Tensor]) -> dict[str, Tensor]:
@@ -78,20 +81,34 @@ class Call:
                 self.values[name] = piece(self.structure.latents[name], found).constrain(own)
         return self.values
 
-    def _joints(self, index: int, group: Group, found: Masks) -> list[Joint]:
+    def _new_joints(self, index: int, group: Group, found: Masks) -> list[Joint]:
         """One joint draw for the group, or one per site where the family factorizes."""
-        parameters, twin = self._parameters(index)
+        parameters = self._parameters(index)
+        scored = found.scored
         if self.network.family(index).factorized:
             return [
                 Joint(
-                    self.network.site_distribution(index, name, parameters, twin, found.scored),
+                    self.network.site_distribution(index, name, *parameters, scored),
                     {name: (0, stop - start)},
+                    partial(self._revised, index, name, scored),
                 )
                 for name, (start, stop) in group.bounds.items()
             ]
         self._check_scales(group)
-        q = self.network.distribution(index, parameters, twin, found.scored)
-        return [Joint(q, group.bounds)]
+        q = self.network.distribution(index, *parameters, scored)
+        return [Joint(q, group.bounds, partial(self._revised, index, None, scored))]
+
+    def _revised(self, index: int, name: str | None, scored: Tensor | None) -> VectorDistribution | None:
+        """Q of a group, or of one of its sites, at upstream values that changed since it was drawn."""
+        upstream = self.network.parts[index].upstream
+        if not any(joint.changed for i in upstream for joint in self._joints[i]):
+            return None
+        for i in upstream:
+            self.unconstrained[i] = _joined([joint.unconstrained() for joint in self._joints[i]])
+        parameters = self._parameters(index)
+        if name is None:
+            return self.network.distribution(index, *parameters, scored)
+        return self.network.site_distribution(index, name, *parameters, scored)
 
     def _sample_joint(self, joint: Joint, group: Group, found: Masks) -> Tensor:
         for name in joint.bounds:
@@ -108,7 +125,7 @@ class Call:
                 value = pyro.sample(name, site)
             joint.take(name, value)
             self.values[name] = value
-        return joint.unconstrained()
+        return joint.settle()
 
     def _parameters(self, index: int) -> tuple[Tensor, Tensor | None]:
         part = self.network.parts[index]
@@ -127,7 +144,7 @@ class Call:
             context = self._contexts[key]
         upstream = None
         if part.upstream:
-            upstream = _concatenate([self.unconstrained[i] for i in part.upstream])
+            upstream = _joined([self.unconstrained[i] for i in part.upstream])
         return self.network.parameters_of(index, context, upstream, self.indices)
 
     def _masks(self, group: Group) -> Masks:
@@ -156,7 +173,8 @@ def _same(a: float | Tensor, b: float | Tensor) -> bool:
     return bool(torch.as_tensor(a == b).all())
 
 
-def _concatenate(parts: list[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate vectors whose batch dimensions broadcast."""
     if len(parts) == 1:
         return parts[0]
     batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))

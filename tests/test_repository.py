@@ -14,13 +14,32 @@ PACKAGE = ROOT / "pyro_guides"
 # layer -> the layers it may import when it is imported itself
 ARROWS = {
     "distributions": set(),
+    "layers": set(),
+    "naming": set(),
     "optim": set(),
     "export": set(),
     "structure": {"distributions"},
-    "encoders": {"distributions"},
+    "encoders": {"layers"},
+    "heads": {"layers"},
     "families": {"distributions"},
-    "guide": {"structure", "encoders", "families", "distributions"},
-    "posterior": {"guide", "structure"},
+    "inputs": {"structure"},
+    "plates": {"structure"},
+    "groups": {"distributions", "structure"},
+    "network": {"distributions", "encoders", "families", "groups", "heads", "inputs", "structure"},
+    "planning": {"encoders", "families", "groups", "heads", "inputs", "network", "structure"},
+    "calls": {"distributions", "groups", "network", "plates", "structure"},
+    "posterior": {"distributions", "structure"},
+    "guide": {
+        "calls",
+        "families",
+        "groups",
+        "inputs",
+        "naming",
+        "network",
+        "planning",
+        "plates",
+        "structure",
+    },
 }
 # Lightning is slow to import and optional, so nothing may import the training layer.
 ARROWS |= {"__init__": set(ARROWS), "training": set(ARROWS)}

@@ -9,7 +9,7 @@ one site needs no special treatment: its only site is the last one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -78,16 +78,25 @@ class Joint:
     Args:
         distribution: q(u; λ).
         bounds: where each site's slice of u starts and stops, in order; the last site scores q.
+        revise: q at the values that upstream sites have by now, if these changed since the draw (Pyro's
+            wake phase detaches a trace before it scores it); None if they did not.
     """
 
-    def __init__(self, distribution: VectorDistribution, bounds: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        distribution: VectorDistribution,
+        bounds: Mapping[str, tuple[int, int]],
+        revise: Callable[[], VectorDistribution | None] = lambda: None,
+    ) -> None:
         self.distribution = distribution
         self.bounds = bounds
+        self.revise = revise
         self.last = list(bounds)[-1]
         self._pieces: dict[str, Piece] = {}
         self._draw: Tensor | None = None
         self._drawn: dict[str, Mark] = {}
         self._values: dict[str, Tensor] = {}
+        self._settled: dict[str, Tensor] = {}
 
     def site(self, name: str, piece: Piece) -> SiteDistribution:
         """The distribution that ``pyro.sample(name, ...)`` takes."""
@@ -112,8 +121,22 @@ class Joint:
         self._values[name] = value
         return self._unconstrained(name)
 
+    def settle(self) -> Tensor:
+        """Close the draw at the values its sites took; returns u."""
+        self._settled = dict(self._values)
+        return self.unconstrained()
+
+    @property
+    def changed(self) -> bool:
+        """Whether some site was scored at another value than it took when it was drawn."""
+        return any(self._values[name] is not value for name, value in self._settled.items())
+
+    def scored(self) -> VectorDistribution:
+        """Return q as it is to be scored now."""
+        return self.revise() or self.distribution
+
     def unconstrained(self) -> Tensor:
-        """U of the whole group at the values its sites took, ``(..., D)``."""
+        """Values u of the whole group at the values its sites took, ``(..., D)``."""
         if self._draw is not None and all(map(self._is_own, self.bounds)):
             return self._draw
         parts = [self._unconstrained(name) for name in self.bounds]
@@ -176,14 +199,14 @@ class SiteDistribution(TorchDistribution):
         jacobian = self._log_jacobian(value)
         if not self._is_last:
             return -jacobian
-        return self.joint.distribution.log_prob(self.joint.unconstrained()) - jacobian
+        return self.joint.scored().log_prob(self.joint.unconstrained()) - jacobian
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """As :meth:`log_prob`, with the gradient estimator of the group's distribution."""
         jacobian = self._log_jacobian(value)
         if not self._is_last:
             return score_parts(-jacobian, -jacobian)
-        parts = self.joint.distribution.score_parts(self.joint.unconstrained())
+        parts = self.joint.scored().score_parts(self.joint.unconstrained())
         return ScoreParts(parts.log_prob - jacobian, parts.score_function, parts.entropy_term - jacobian)
 
     @property

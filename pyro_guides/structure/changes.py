@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["EscapeDetector", "signature"]
+__all__ = ["EscapeDetector", "outer_dims", "signature"]
 
 
 def signature(
@@ -28,9 +28,8 @@ def signature(
     whether the model is in training mode.
     """
     owner = getattr(model, "__self__", model)
-    outside = tuple(i for i, name in enumerate(_DIM_ALLOCATOR._stack) if name is not None)
     try:
-        return (_key(args), _key(kwargs), getattr(owner, "training", None), outside)
+        return (_key(args), _key(kwargs), getattr(owner, "training", None), outer_dims())
     except TypeError:
         return None
 
@@ -66,7 +65,7 @@ class _DispatchWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-        if any(tag in func.tags for tag in tags):
+        if any(tag in func.tags for tag in tags) and not _indexes_by_integers(func, args):
             self.detector.found = True
         return func(*args, **(kwargs or {}))
 
@@ -87,6 +86,18 @@ class _FunctionWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _indexes_by_integers(func: Any, args: Any) -> bool:
+    """Whether this is indexing whose result has a shape that the values do not decide."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return not any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+
+
+def outer_dims() -> tuple[int, ...]:
+    """The dimensions of plates that are open around a call."""
+    return tuple(-1 - i for i, name in enumerate(_DIM_ALLOCATOR._stack) if name is not None)
+
+
 def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (Tensor, value.shape, value.dtype, value.device)
@@ -95,5 +106,5 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, dict):
         return (dict, tuple((key, _key(item)) for key, item in value.items()))
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return (type(value), value)
     raise TypeError(f"{type(value).__name__} cannot be compared between calls")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_guides.distributions.transforms import bijection
-from pyro_guides.structure.changes import EscapeDetector
+from pyro_guides.structure.changes import EscapeDetector, outer_dims
 from pyro_guides.structure.description import Latent, Observed, Plate, Structure
 
 __all__ = ["feasible_value", "random_subset", "read"]
@@ -294,7 +294,9 @@ def _check_support(msg: dict[str, Any]) -> None:
 def _check_batch_shape(msg: dict[str, Any], plates: list[Plate]) -> None:
     shape = msg["fn"].batch_shape
     dims = {plate.dim for plate in plates}
+    # Values given for upstream latents may carry the dimensions of particles around the guide.
     loose = [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in dims]
+    loose = [d for d in loose if d not in outer_dims()]
     if loose:
         raise ValueError(
             f"latent site '{msg['name']}' has batch shape {tuple(shape)}, but no plate at "

@@ -142,7 +142,7 @@ def _spread(latent: Latent, mask: Tensor, event_dim: int) -> Tensor:
     shape = latent.unconstrained_shape
     batch = mask.shape[: mask.dim() - event_dim]
     mask = mask.reshape(mask.shape + (1,) * (len(shape) - event_dim))
-    return mask.expand(*batch, *shape).reshape(*batch, latent.size)
+    return mask.expand(batch + shape).reshape(*batch, latent.size)
 
 
 def piece(latent: Latent, masks: Masks) -> Piece:

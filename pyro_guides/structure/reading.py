@@ -243,17 +243,19 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
 
 
 def _inner_mask(fn: Any) -> tuple[Tensor | None, int]:
-    """The mask of a ``MaskedDistribution`` below any number of ``to_event`` calls."""
-    event_dim = 0
-    mask: Tensor | None = None
+    """The masks between ``to_event`` calls, as one, and how many of its dimensions are the event's."""
+    event_dim = 0  # dimensions that to_event calls above the present level have made event dimensions
+    mask, mask_event_dim = None, 0
     while isinstance(fn, (Independent, MaskedDistribution)):
         if isinstance(fn, Independent):
             event_dim += fn.reinterpreted_batch_ndims
         elif fn._mask is not True:
             own = torch.as_tensor(fn._mask).expand(fn.batch_shape)
-            mask = own if mask is None else mask & own
+            if mask is not None:  # an outer mask covers all of the inner dimensions
+                own = own & mask.reshape(mask.shape + (1,) * (event_dim - mask_event_dim))
+            mask, mask_event_dim = own, event_dim
         fn = fn.base_dist
-    return mask, event_dim if mask is not None else 0
+    return mask, mask_event_dim
 
 
 def _is_subsample(msg: dict[str, Any]) -> bool:

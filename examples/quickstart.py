@@ -106,7 +106,7 @@ class DecoderModel(nn.Module):
 def train(model, family, x, steps, batch=128):
     """Plain SVI on minibatches."""
     guide = AmortizedGuide(model, family=family).setup(x)
-    adam = optim.Adam({"lr": 1e-2}, schedule=lambda step: 0.01 ** (step / steps))
+    adam = optim.Adam({"lr": 1e-2}, schedule=lambda step: min(1.0, 2.0 - 2.0 * step / steps))
     svi = SVI(model, guide, adam, Trace_ELBO())
     for _ in range(steps):
         svi.step(x[torch.randint(len(x), (batch,))])
@@ -126,18 +126,25 @@ def normal_moments(guide, x):
     return middle.double(), ((high - low) / 2).double()
 
 
+def errors(guide, x, mean, sd):
+    """How far q's means are off, in exact standard deviations, and its standard deviations, relatively."""
+    q_mean, q_sd = normal_moments(guide, x)
+    return ((q_mean - mean) / sd).abs(), (q_sd / sd - 1).abs()
+
+
 def factor_report(x_train, x_test, steps):
     """Fit the factor model with every family and compare with the exact answer."""
     model = FactorModel.fit(x_train.numpy())
     evidence, mean, sd = model.exact(x_test)
     ceiling = {DiagonalNormal: evidence - model.best_diagonal_gap(), FullRankNormal: evidence}
     print(f"\nFactor model, {len(x_test)} held-out images. Exact log evidence {evidence:.3f} nats per image")
-    print(f"{'family':24s}{'ELBO':>10s}{'best possible':>15s}{'error of means, in sd':>30s}{'error of sds':>24s}")
+    print(
+        f"{'family':24s}{'ELBO':>10s}{'best possible':>15s}{'error of means, in sd':>30s}{'error of sds':>24s}"
+    )
     guides = {}
     for family in FAMILIES:
         guide = guides[family] = train(model, family, x_train, steps)
-        q_mean, q_sd = normal_moments(guide, x_test)
-        mean_error, sd_error = ((q_mean - mean) / sd).abs(), (q_sd / sd - 1).abs()
+        mean_error, sd_error = errors(guide, x_test, mean, sd)
         best = ceiling.get(type(family))
         print(
             f"{family_name(family):24s}{mean_elbo(model, guide, x_test):10.3f}"
@@ -200,7 +207,9 @@ def main(steps, output):
     idata.to_netcdf(str(output / "digits.nc"))
     decoder, guide = decoder_report(x_train, x_test, steps)
     draw_figure(decoder, guide, x_test[:12], inked, output / "digits.png")
-    print(f"\nSaved posterior draws of 20 images to {output / 'digits.nc'}, a figure to {output / 'digits.png'}")
+    print(
+        f"\nSaved posterior draws of 20 images to {output / 'digits.nc'}, a figure to {output / 'digits.png'}"
+    )
 
 
 if __name__ == "__main__":

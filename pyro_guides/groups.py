@@ -79,10 +79,13 @@ def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
     """
     if not isinstance(choice, Mapping):
         return choice
-    for names in (group.sites, group.plates):
+    for names, reason in ((group.sites, "are drawn jointly"), (group.plates, "lie in several plates")):
         found = [choice[name] for name in names if name in choice]
         if any(other is not found[0] for other in found):
-            raise ValueError(f"{group} are drawn jointly, but {list(names)} name different choices")
+            raise ValueError(
+                f"{group} {reason}, and {[name for name in names if name in choice]} name different "
+                "choices for them; give them one, or name single sites in family={...} to draw them apart"
+            )
         if found:
             return found[0]
     return None

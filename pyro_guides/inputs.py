@@ -64,7 +64,9 @@ class Source:
         x = as_float_tensor(self.get(*args, **kwargs), self.label)
         self._check_kind(x)
         row_dim = x.dim() - len(self.feature_shape)
-        if x.shape[row_dim:] != self.feature_shape:
+        # A data set taken as a whole may have any number of rows: what it is made of must stay the same.
+        fixed = slice(row_dim, None) if self.plates else slice(row_dim + 1, None)
+        if x.shape[fixed] != self.feature_shape[fixed.start - row_dim :]:
             raise ValueError(
                 f"{self.label} has features of shape {tuple(x.shape[row_dim:])}, but the guide was set "
                 f"up with {tuple(self.feature_shape)}; give it the same features, or make a new guide"

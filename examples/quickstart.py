@@ -127,7 +127,7 @@ def normal_moments(guide, x):
 
 
 def errors(guide, x, mean, sd):
-    """How far q's means are off, in exact standard deviations, and its standard deviations, relatively."""
+    """Errors of q's means, in exact standard deviations, and of its standard deviations, relative."""
     q_mean, q_sd = normal_moments(guide, x)
     return ((q_mean - mean) / sd).abs(), (q_sd / sd - 1).abs()
 
@@ -138,9 +138,8 @@ def factor_report(x_train, x_test, steps):
     evidence, mean, sd = model.exact(x_test)
     ceiling = {DiagonalNormal: evidence - model.best_diagonal_gap(), FullRankNormal: evidence}
     print(f"\nFactor model, {len(x_test)} held-out images. Exact log evidence {evidence:.3f} nats per image")
-    print(
-        f"{'family':24s}{'ELBO':>10s}{'best possible':>15s}{'error of means, in sd':>30s}{'error of sds':>24s}"
-    )
+    columns = ("family", "ELBO", "best possible", "error of means, in sd", "error of sds")
+    print("{:24s}{:>10s}{:>15s}{:>32s}{:>28s}".format(*columns))
     guides = {}
     for family in FAMILIES:
         guide = guides[family] = train(model, family, x_train, steps)
@@ -149,10 +148,10 @@ def factor_report(x_train, x_test, steps):
         print(
             f"{family_name(family):24s}{mean_elbo(model, guide, x_test):10.3f}"
             f"{'-' if best is None else f'{best:.3f}':>15s}"
-            f"{f'median {mean_error.median():.4f}, worst {mean_error.max():.3f}':>30s}"
-            f"{f'median {sd_error.median():.1%}, worst {sd_error.max():.1%}':>24s}"
+            f"{f'median {mean_error.median():.4f}, worst {mean_error.max():.3f}':>32s}"
+            f"{f'median {sd_error.median():.1%}, worst {sd_error.max():.1%}':>28s}"
         )
-    return model, guides
+    return guides
 
 
 def decoder_report(x_train, x_test, steps):
@@ -202,14 +201,12 @@ def main(steps, output):
     train_pixels, test_pixels, inked = load_images()
     x_train, x_test = (torch.tensor(p[:, inked], dtype=torch.float32) for p in (train_pixels, test_pixels))
 
-    model, guides = factor_report(x_train, x_test, steps)
+    guides = factor_report(x_train, x_test, steps)
     idata = to_arviz(guides[FAMILIES[-1]].posterior(x_test[:20], num_draws=1000))
     idata.to_netcdf(str(output / "digits.nc"))
     decoder, guide = decoder_report(x_train, x_test, steps)
     draw_figure(decoder, guide, x_test[:12], inked, output / "digits.png")
-    print(
-        f"\nSaved posterior draws of 20 images to {output / 'digits.nc'}, a figure to {output / 'digits.png'}"
-    )
+    print(f"\nSaved in {output}: digits.nc (posterior draws of 20 images, for ArviZ) and digits.png")
 
 
 if __name__ == "__main__":

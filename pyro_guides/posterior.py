@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -11,10 +11,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_guides.distributions.transforms import strip_independent
+from pyro_guides.scoring import Scores, score_model
 from pyro_guides.structure import Latent, Observed, Plate, Structure
 
 if TYPE_CHECKING:
@@ -96,17 +96,17 @@ class Posterior:
         Raises:
             NotImplementedError: the model draws other latents itself, or subsamples rows by itself.
         """
-        return self._model_pass[0]
+        return self._reduced(self._scores.log_prob.values())
 
     @property
     def log_likelihood(self) -> dict[str, Tensor]:
         """Log p of each observed site's elements, ``(S, *natural batch shape)``, unscaled."""
-        return self._model_pass[1]
+        return self._scores.likelihood
 
     @property
     def observed(self) -> dict[str, Tensor]:
         """The values of the observed sites."""
-        return self._model_pass[2]
+        return self._scores.observed
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of the draws of each latent, in its natural shape."""
@@ -153,7 +153,7 @@ class Posterior:
         given = {name: self._widened(name, values) for name in self.structure.latents}
         count = max(map(len, given.values()))
         trace = self._trace(poutine.condition(self._run_guide, data=given), count)
-        log_q = self._reduce(trace)
+        log_q = self._log_q_of(trace)
         batched = any(
             values[name].dim() > len(self._natural_shape(latent))
             for name, latent in self.structure.latents.items()
@@ -215,85 +215,55 @@ class Posterior:
         return all(count == plate.size for count in counts)
 
     @cached_property
-    def _traces(self) -> list[Trace]:
-        """The guide's traces, as many draws at once as memory should hold."""
-        size = sum(math.prod(self._natural_shape(latent)) for latent in self.structure.latents.values())
+    def _guide_pass(self) -> tuple[dict[str, Tensor], Tensor]:
+        size = sum(math.prod(self._natural_shape(x)) for x in self.structure.latents.values())
         most = max(1, _VALUES_PER_PASS // max(1, size))
         counts = [min(most, self.num_draws - i) for i in range(0, self.num_draws, most)]
-        return [self._trace(self._run_guide, count) for count in counts]
-
-    @cached_property
-    def _guide_pass(self) -> tuple[dict[str, Tensor], Tensor]:
+        traces = [self._trace(self._run_guide, count) for count in counts]
         draws = {}
         for name, latent in self.structure.latents.items():
             shape = self._natural_shape(latent)
-            parts = [_value(trace, name).reshape(-1, *shape) for trace in self._traces]
-            draws[name] = torch.cat(parts)
-        return draws, torch.cat([self._reduce(trace) for trace in self._traces])
+            draws[name] = torch.cat([_value(trace, name).reshape(-1, *shape) for trace in traces])
+        return draws, torch.cat([self._log_q_of(trace) for trace in traces])
 
     @cached_property
-    def _model_pass(self) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        traces = [self._model_trace(trace) for trace in self._traces]
-        log_p = torch.cat([self._reduce(trace) for trace in traces])
-        likelihood = {
-            site.name: torch.cat([self._pointwise(trace, site) for trace in traces])
-            for site in self.structure.observed.values()
-        }
-        observed = {name: _value(traces[0], name) for name in self.structure.observed}
-        return log_p, likelihood, observed
-
-    def _run_guide(self) -> dict[str, Tensor]:
-        return self.guide._open(self.args, self.kwargs, structure=self.structure).sample()
-
-    def _model_trace(self, guide_trace: Trace) -> Trace:
-        """The model at the values and for the elements of one of the guide's traces."""
+    def _scores(self) -> Scores:
         if self._completed:
             raise NotImplementedError(
                 f"the model subsamples {sorted(self._completed)} by itself, so it cannot score all rows "
                 "at once; use a model that takes the rows it is given whole"
             )
-        model = poutine.replay(self.guide.model, trace=guide_trace)
-        count = len(_value(guide_trace, next(iter(self.structure.latents))))
-        trace = self._trace(lambda: model(*self.args, **self.kwargs), count)
-        for name in trace.stochastic_nodes:
-            if name not in self.structure.latents and not site_is_subsample(trace.nodes[name]):
-                raise NotImplementedError(
-                    f"the model itself draws site '{name}', which the guide leaves to it (an enumerated "
-                    "site, for instance), so log p of the other latents alone is not to be had"
-                )
-        return trace
+        indices = {n: p.indices for n, p in self.structure.plates.items() if p.indices is not None}
+        return score_model(self.guide.model, self.args, self.kwargs, self.draws, indices)
+
+    def _run_guide(self) -> dict[str, Tensor]:
+        return self.guide._open(self.args, self.kwargs, structure=self.structure).sample()
 
     def _trace(self, run: Callable[[], Any], count: int) -> Trace:
-        """Trace one run of ``count`` draws side by side, and score it."""
+        """Trace one run of the guide for ``count`` draws side by side, and score it."""
         depth = self.structure.depth
         with torch.no_grad(), poutine.block(), pyro.plate(_DRAWS, count, dim=-depth - 1):
             trace = poutine.trace(run).get_trace()
             trace.compute_log_prob()
         return trace
 
-    def _reduce(self, trace: Trace) -> Tensor:
-        """Log density per draw and row: the sum over everything but row plates."""
+    def _log_q_of(self, trace: Trace) -> Tensor:
+        return self._reduced(trace.nodes[name]["log_prob"] for name in self.structure.latents)
+
+    def _reduced(self, log_probs: Iterable[Tensor]) -> Tensor:
+        """Log density per draw and row: the sum over sites and over everything but row plates."""
+        depth = self.structure.depth
         rows = self.structure.plates_of(self.row_plates)
         kept = [plate.dim for plate in rows]
-        summed = [dim for dim in range(-self.structure.depth, 0) if dim not in kept]
+        summed = [dim for dim in range(-depth, 0) if dim not in kept]
         total = torch.zeros(())
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                log_prob = self._aligned(site["log_prob"], site)
-                total = total + (log_prob.sum(summed) if summed else log_prob)
+        for log_prob in log_probs:
+            batch = log_prob.shape[1:]
+            aligned = log_prob.reshape(len(log_prob), *[1] * (depth - len(batch)), *batch)
+            total = total + (aligned.sum(summed) if summed else aligned)
         for plate in rows:  # a row's own density, not that of the rows it stands for
             total = total / plate.scale
         return total
-
-    def _aligned(self, log_prob: Tensor, site: Any) -> Tensor:
-        """A site's log density with one dimension per plate dimension and one for the draws."""
-        shape = torch.broadcast_shapes(log_prob.shape, site["fn"].batch_shape)
-        return log_prob.expand(shape).reshape(-1, *shape[len(shape) - self.structure.depth :])
-
-    def _pointwise(self, trace: Trace, site: Observed) -> Tensor:
-        node = trace.nodes[site.name]
-        log_prob = self._aligned(node["unscaled_log_prob"], node)
-        return log_prob.reshape(-1, *self.structure.batch_shape(site.plates))
 
     # --- shapes and closed forms
 

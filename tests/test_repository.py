@@ -28,7 +28,8 @@ ARROWS = {
     "network": {"distributions", "encoders", "families", "groups", "heads", "inputs", "structure"},
     "planning": {"encoders", "families", "groups", "heads", "inputs", "network", "structure"},
     "calls": {"distributions", "groups", "network", "plates", "structure"},
-    "posterior": {"distributions", "structure"},
+    "scoring": set(),
+    "posterior": {"distributions", "scoring", "structure"},
     "guide": {
         "calls",
         "families",

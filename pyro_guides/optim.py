@@ -7,7 +7,6 @@ same state by parameter name, new parameters taken in whenever they appear.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -25,8 +24,8 @@ class FusedOptim(PyroOptim):
 
     Args:
         optim_constructor: a torch optimizer class.
-        optim_args: its keyword arguments, or a function from a parameter's name to them. ``fused=True`` is
-            added where the optimizer has it.
+        optim_args: its keyword arguments, or a function from a parameter's name to them. Adam and AdamW
+            are made with ``fused=True``.
         clip_args: ``clip_norm`` and/or ``clip_value``, or a function from module and parameter name to
             them, as in Pyro; clips each parameter on its own.
         schedule: from the number of steps made so far to a factor on the learning rate.
@@ -59,7 +58,7 @@ class FusedOptim(PyroOptim):
         super().__init__(optim_constructor, optim_args, clip_args)
         self.schedule = schedule
         self._constructor: Callable[..., Optimizer] = optim_constructor
-        self._has_fused = "fused" in inspect.signature(optim_constructor).parameters
+        self._fuses = issubclass(optim_constructor, (torch.optim.Adam, torch.optim.AdamW))
         self.optimizer: Optimizer | None = None
         self._groups: dict[Tensor, dict[str, Any]] = {}
 
@@ -83,11 +82,11 @@ class FusedOptim(PyroOptim):
             param.grad = gradient
 
     def get_state(self) -> dict[str, Any]:
-        """State and options of each parameter, by name."""
+        """A snapshot of state and options of each parameter, by name."""
         store = pyro.get_param_store()
         return {
             str(store.param_name(param)): {
-                "state": {} if self.optimizer is None else dict(self.optimizer.state[param]),
+                "state": {} if self.optimizer is None else _cloned(self.optimizer.state[param]),
                 "options": {key: value for key, value in group.items() if key != "params"},
             }
             for param, group in self._groups.items()
@@ -109,17 +108,15 @@ class FusedOptim(PyroOptim):
 
     def _take_in(self, param: Tensor) -> None:
         options = dict(self._get_optim_args(param))
-        if self._has_fused:
+        if self._fuses and not options.get("foreach"):
             options.setdefault("fused", True)
-        if self.optimizer is None:
-            self.optimizer = self._constructor([{"params": [param], **options}])
-        else:
-            _add(self.optimizer, param, options)
-        self._groups[param] = next(
-            group
-            for group in self.optimizer.param_groups
-            if any(param is member for member in group["params"])
-        )
+        # An optimizer of its own checks the options, completes them, and makes the state to start with.
+        own = self._constructor([param], **options)
+        self.optimizer = self.optimizer or own
+        if own is not self.optimizer:
+            self.optimizer.state.update(own.state)
+            _join(self.optimizer, own.param_groups[0])
+        self._groups[param] = _group_of(self.optimizer, param)
         self.grad_clip[param] = self._get_grad_clip(cast("str", param))  # Pyro's annotation is wrong
         self._restore(param)
 
@@ -128,11 +125,12 @@ class FusedOptim(PyroOptim):
         saved = self._state_waiting_to_be_consumed.pop(name, None)
         if saved is None or self.optimizer is None:
             return
-        self.optimizer.state[param] = {
-            key: value.clone() if isinstance(value, Tensor) else value
-            for key, value in saved["state"].items()
-        }
-        self._groups[param].update(saved["options"])
+        self.optimizer.state[param] = _cloned(saved["state"])
+        group = self._groups[param]
+        if any(group.get(key) != value for key, value in saved["options"].items()):
+            group["params"] = [member for member in group["params"] if member is not param]
+            _join(self.optimizer, {"params": [param], **saved["options"]})
+            self._groups[param] = _group_of(self.optimizer, param)
 
 
 class Adam(FusedOptim):
@@ -162,11 +160,25 @@ class Adam(FusedOptim):
         super().__init__(torch.optim.Adam, optim_args, clip_args, schedule=schedule)
 
 
-def _add(optimizer: Optimizer, param: Tensor, options: dict[str, Any]) -> None:
-    """Join the group with the same options, for one fused step; open a new one otherwise."""
-    for group in optimizer.param_groups:
-        base = {**group, "lr": group.get("initial_lr", group.get("lr"))}
-        if all(base[key] == value for key, value in options.items()):
-            group["params"].append(param)
+def _join(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Put a group's parameters where the options are the same, for one fused step; or on their own."""
+    for other in optimizer.param_groups:
+        if _options(other) == _options(group):
+            other["params"].extend(group["params"])
             return
-    optimizer.add_param_group({"params": [param], **options})
+    optimizer.add_param_group(group)
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's options as they were given: before a schedule changed them."""
+    options = {**group, "lr": group.get("initial_lr", group.get("lr"))}
+    return {key: x for key, x in options.items() if key not in ("params", "initial_lr", "steps")}
+
+
+def _group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
+    groups = optimizer.param_groups
+    return next(g for g in groups if any(member is param for member in g["params"]))
+
+
+def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: x.clone() if isinstance(x, Tensor) else x for key, x in state.items()}

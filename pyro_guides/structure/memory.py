@@ -69,10 +69,11 @@ class Memory:
         model = require(model)
         if complete or (key is not None and key not in self._known):
             structure = read(model, args, kwargs)
+            self._check(structure)
             self._remember(key, structure)
         else:
             structure = self.read_again(model, args, kwargs)
-        self._check(structure)
+            self._check(structure)
         return structure
 
     def read_again(

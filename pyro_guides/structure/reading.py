@@ -58,9 +58,11 @@ def read(
     escapes = EscapeDetector()
     start = partial(escapes.ignoring, init or feasible_value)
     reader = _Reader(given or {}, indices or {}, start, until, _arguments(args, kwargs))
+    # What depends on given values depends on them with its gradient.
+    gradients = torch.set_grad_enabled(torch.is_grad_enabled() and bool(given))
     try:
         # Validation turns tensors into booleans all the time, and the real run does it anyway.
-        with torch.no_grad(), pyro.validation_enabled(False), poutine.block(), escapes.watching(), reader:
+        with gradients, pyro.validation_enabled(False), poutine.block(), escapes.watching(), reader:
             model(*args, **kwargs)
     except _AllRead:
         pass

@@ -33,6 +33,7 @@ class Call:
         kwargs: keyword arguments that hold them.
         live: the latents whose support, mask or scale depends on other latents.
         reread: reads the model's structure again, given values of latents.
+        simulated: whether the arguments hold data that the model has drawn.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Call:
         *,
         live: frozenset[str],
         reread: Callable[[Mapping[str, Tensor]], Structure],
+        simulated: bool = False,
     ) -> None:
         self.network = network
         self.structure = structure
@@ -54,6 +56,7 @@ class Call:
         self.kwargs = kwargs
         self.live = live
         self.reread = reread
+        self.simulated = simulated
         self.values: dict[str, Tensor] = {}
         self.unconstrained: list[Tensor] = []
         self._joints: list[list[Joint]] = []
@@ -140,6 +143,7 @@ class Call:
                     self.args,
                     self.kwargs,
                     self.indices,
+                    simulated=self.simulated,
                 )
             context = self._contexts[key]
         upstream = None

@@ -84,7 +84,7 @@ def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
         if any(other is not found[0] for other in found):
             raise ValueError(
                 f"{group} {reason}, and {[name for name in names if name in choice]} name different "
-                "choices for them; give them one, or name single sites in family={...} to draw them apart"
+                "choices for them; give them the same, or name the site itself"
             )
         if found:
             return found[0]

@@ -238,7 +238,17 @@ class AmortizedGuide(AutoGuide):
             structure = reread({})
         live = self._require_memory().live
         args, kwargs = with_observations(structure, args, kwargs, observations)
-        return Call(self.network, structure, plates, args, kwargs, live=live, reread=reread)
+        simulated = observations is not None
+        return Call(
+            self.network,
+            structure,
+            plates,
+            args,
+            kwargs,
+            live=live,
+            reread=reread,
+            simulated=simulated,
+        )
 
     def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, complete: bool) -> Structure:
         """The model's structure for these arguments, checked against what the guide was set up for."""
@@ -298,6 +308,11 @@ class AmortizedGuide(AutoGuide):
         """
         _ = self.network
         return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module's, once the guide is set up."""
+        _ = self.network
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As any module's, once the guide is set up."""

@@ -89,6 +89,7 @@ class AmortizedHead(nn.Module):
         options: dict[str, Any] = {"dtype": initial.dtype, "device": initial.device}
         self.register_buffer("origin", origin.clone())
         self.origin: Tensor
+        self.context_size = context_size
         self.lacking = {name: dim for name, (_, dim) in lacking.items()}
         # Indexed by position: plate names may hold dots, which parameter names may not.
         self.embeddings = nn.ParameterList(
@@ -106,12 +107,21 @@ class AmortizedHead(nn.Module):
 
     def forward(self, context: Tensor, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
         """λ, ``(*batch, W)``, from context ``(..., C)`` and upstream values ``(..., V)``."""
+        self._check(context)
         if self.inner is None or self.outer is None:
             return self.output(context)
         side = self._side(upstream, indices)
         context, side = _broadcast([context, side])
         mixed = context + self.outer(silu(self.inner(torch.cat([context, side], dim=-1))))
         return self.output(torch.cat([mixed, side], dim=-1))
+
+    def _check(self, context: Tensor) -> None:
+        if context.shape[-1] != self.context_size or context.dtype != self.output.weight.dtype:
+            raise ValueError(
+                f"the encoder returned {context.shape[-1]} values of {context.dtype} per row, but the guide "
+                f"was set up with {self.context_size} of {self.output.weight.dtype}; an encoder's contexts "
+                "must keep their size and dtype"
+            )
 
     def _side(self, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
         parts = [] if upstream is None else [upstream - self.origin]

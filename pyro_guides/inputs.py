@@ -51,6 +51,7 @@ class Source:
         indices: Mapping[str, Tensor],
         *,
         missing: bool,
+        simulated: bool = False,
     ) -> Tensor:
         """The inputs of this call, ``(*batch of the plates, *feature_shape)``, checked.
 
@@ -60,6 +61,8 @@ class Source:
             plates: this call's plates, in the order of ``self.plates``.
             indices: the elements that subsampled plates take.
             missing: whether NaN marks a missing value.
+            simulated: whether the model has drawn them itself, for particles side by side perhaps; then
+                they are laid out as its plates are.
         """
         x = as_float_tensor(self.get(*args, **kwargs), self.label)
         self._check_kind(x)
@@ -71,7 +74,9 @@ class Source:
                 f"{self.label} has features of shape {tuple(x.shape[row_dim:])}, but the guide was set "
                 f"up with {tuple(self.feature_shape)}; give it the same features, or make a new guide"
             )
-        if row_dim == len(plates):  # otherwise simulated data, already laid out as the plates are
+        if row_dim > len(plates) and not simulated:
+            raise self._wrong_shape(x)
+        if row_dim == len(plates):
             x = _take_rows(x, plates, indices, self.label)
         check_finite(x, self.label, missing=missing)
         return x
@@ -80,13 +85,15 @@ class Source:
         """Inputs as an encoder takes them: ``(B, *features)``; a bare number is a row of one feature."""
         return x.reshape(-1, *(self.feature_shape or (1,)))
 
+    def _wrong_shape(self, x: Tensor) -> ValueError:
+        return ValueError(
+            f"{self.label} has shape {tuple(x.shape)}, expected the plates {list(self.plates)} and then "
+            f"features of shape {tuple(self.feature_shape)}; give one row the shape (1, ...)"
+        )
+
     def _check_kind(self, x: Tensor) -> None:
         if x.dim() < len(self.plates) + len(self.feature_shape):
-            raise ValueError(
-                f"{self.label} has shape {tuple(x.shape)}, expected the plates "
-                f"{list(self.plates)} and then features of shape {tuple(self.feature_shape)}; "
-                "give one row the shape (1, ...)"
-            )
+            raise self._wrong_shape(x)
         if x.dtype != self.dtype or x.device != self.device:
             raise TypeError(
                 f"{self.label} is {x.dtype} on {x.device}, but the guide was set up with {self.dtype} "
@@ -160,6 +167,10 @@ def with_observations(
         return args, kwargs
     positional, named = list(args), dict(kwargs)
     for name, value in observations.items():
+        if name not in structure.observed:
+            raise ValueError(
+                f"observations hold '{name}', but the model's observed sites are {list(structure.observed)}"
+            )
         argument = structure.observed[name].argument
         if argument is None:
             raise ValueError(

@@ -129,6 +129,8 @@ def encode(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     indices: Mapping[str, Tensor],
+    *,
+    simulated: bool = False,
 ) -> Tensor:
     """One pass of an encoder over this call's inputs: context ``(*batch, C)``, laid out as the plates.
 
@@ -139,7 +141,8 @@ def encode(
         ValueError: its context has another number of rows, or is not finite.
     """
     plates = [structure.plates[name] for name in source.plates]
-    x = source.rows(args, kwargs, plates, indices, missing=declares_missing(encoder))
+    missing = declares_missing(encoder)
+    x = source.rows(args, kwargs, plates, indices, missing=missing, simulated=simulated)
     batch = x.shape[: x.dim() - len(source.feature_shape)]
     context = encoder(source.as_rows(x) if batch else x)
     _check_context(context, batch.numel() if batch else None, encoder)
@@ -158,7 +161,7 @@ def declares_missing(encoder: nn.Module) -> bool:
 
 def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:
     name = type(encoder).__name__
-    expected = "(C,) for the whole data set" if rows is None else f"({rows}, C)"
+    expected = "(C,), one for the whole data set" if rows is None else f"({rows}, C), one per row"
     if not isinstance(context, Tensor) or not context.is_floating_point():
         got = context.dtype if isinstance(context, Tensor) else type(context).__name__
         raise TypeError(
@@ -167,8 +170,7 @@ def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:
         )
     if context.dim() != (1 if rows is None else 2) or (rows is not None and len(context) != rows):
         raise ValueError(
-            f"encoder {name} returned shape {tuple(context.shape)}, expected {expected}: one context "
-            "vector per row of its input"
+            f"encoder {name} returned contexts of shape {tuple(context.shape)}, expected {expected}"
         )
     if not bool(context.detach().sum().isfinite()):
         raise ValueError(

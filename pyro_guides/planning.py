@@ -152,7 +152,7 @@ def _sources(
     kwargs: dict[str, Any],
 ) -> list[Source | None]:
     found = [_source(plan, group, structure, args, kwargs, whole=False) for group in groups]
-    if not any(found) and plan.amortize is None and _asks_for_encoder(plan):
+    if not any(found) and plan.amortize is None and plan.encoder is not None:
         # Nothing lines up with a plate: the data set as a whole is the datum.
         found = [_source(plan, group, structure, args, kwargs, whole=True) for group in groups]
         if not any(found):
@@ -160,6 +160,12 @@ def _sources(
                 "an encoder was given, but the model's arguments hold no float tensor for it to read; "
                 "write inputs=lambda *args, **kwargs: ..."
             )
+    if not any(found) and plan.inputs is not None:
+        raise ValueError(
+            "inputs(...) line up with none of the latents' plates "
+            f"{[(plate.name, plate.batch) for plate in structure.plates.values()]}; return one row per plate "
+            "element, or give an encoder of whole data sets, too"
+        )
     shared: dict[Any, Source] = {}
     for index, source in enumerate(found):
         if source is not None:
@@ -283,10 +289,6 @@ def _check_names(plan: Plan, structure: Structure) -> None:
                 f"amortize={list(plan.amortize)} names {unknown}, but the latents' plates are "
                 f"{sorted(plates)}"
             )
-
-
-def _asks_for_encoder(plan: Plan) -> bool:
-    return plan.encoder is not None or plan.inputs is not None
 
 
 def _check_kinds(choice: Any, kind: type, argument: str, expected: str) -> None:

@@ -151,7 +151,10 @@ class Posterior:
         if unknown := [name for name in values if name not in self.structure.latents]:
             raise ValueError(f"there are no latents {unknown}; they are {list(self.structure.latents)}")
         given = {name: self._widened(name, values) for name in self.structure.latents}
-        count = max(map(len, given.values()))
+        counts = {name: len(value) for name, value in given.items()}
+        count = max(counts.values())
+        if any(other not in (1, count) for other in counts.values()):
+            raise ValueError(f"the values hold different numbers of draws: {counts}")
         trace = self._trace(poutine.condition(self._run_guide, data=given), count)
         log_q = self._log_q_of(trace)
         batched = any(

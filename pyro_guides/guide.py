@@ -286,9 +286,11 @@ class AmortizedGuide(AutoGuide):
         """The model; a guide that was unpickled needs it set again."""
         return require(self._known_model)
 
-    @model.setter
-    def model(self, model: Callable[..., Any]) -> None:
-        object.__setattr__(self, "_model", (model,))
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "model":  # not a submodule, even if it is a module
+            object.__setattr__(self, "_model", (value,))
+        else:
+            super().__setattr__(name, value)
 
     @property
     def _known_model(self) -> Callable[..., Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
@@ -122,7 +123,7 @@ class AmortizedGuide(AutoGuide):
     @property
     def network(self) -> Network:
         """The trainable part of the guide, once it is set up."""
-        network = self._modules.get("_network")
+        network = self._modules.get("network")
         if network is None:
             raise RuntimeError(
                 "the guide has no parameters yet: call guide.setup(*args) with the model's arguments "
@@ -139,7 +140,7 @@ class AmortizedGuide(AutoGuide):
     @property
     def is_set_up(self) -> bool:
         """Whether the guide has read its model and built its parameters."""
-        return "_network" in self._modules
+        return "network" in self._modules
 
     def setup(self, *args: Any, **kwargs: Any) -> AmortizedGuide:
         """Read the model and build all parameters; the first call of the guide does it too.
@@ -157,7 +158,7 @@ class AmortizedGuide(AutoGuide):
         if self.master is not None:
             self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
         self._memory = memory
-        self._modules["_network"] = network if self.training else network.eval()
+        self._modules["network"] = network if self.training else network.eval()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -231,7 +232,7 @@ class AmortizedGuide(AutoGuide):
         settled = structure is not None
         if structure is None:
             structure = self._structure(args, kwargs, complete=observations is not None)
-        plates = self._open_plates(structure, args, kwargs, fresh=not settled and structure.static)
+        plates = self._open_plates(structure, args, kwargs, settled=settled)
         indices = subsample_indices(plates)
         reread = partial(self._read_again, args, kwargs, indices)
         if not settled and not structure.static and differ(structure, indices):
@@ -268,15 +269,15 @@ class AmortizedGuide(AutoGuide):
         return memory.read_again(self.model, args, kwargs, given=given, indices=indices)
 
     def _open_plates(
-        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], *, fresh: bool
+        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], *, settled: bool
     ) -> dict[str, pyro.plate]:
-        """The model's plates, opened by the guide; the list's, if the guide is part of one."""
-        if self.master is not None:
+        """The model's plates, opened by the guide; the list's, if that calls the guide as its part."""
+        if self.master is not None and not settled:
             return dict(self.master().plates)
         plates = user_plates(self.create_plates, args, kwargs)
         names = {name for part in self.network.parts for name in part.group.plates}
         for plate in structure.plates_of(names - plates.keys()):
-            plates[plate.name] = open_plate(plate, fresh=fresh)
+            plates[plate.name] = open_plate(plate, fresh=not settled and structure.static)
         return plates
 
     # --- copies, files and modules
@@ -326,7 +327,9 @@ class AmortizedGuide(AutoGuide):
         for parameter in super().parameters() if self.is_set_up else ():
             # Pyro's store hangs a weak reference on every tensor it hands out, anew at each access.
             vars(parameter).pop("unconstrained", None)
-        return {**self.__dict__, "_model": None, "master": None}
+        # Where q started is of no use any more, and may be a function that cannot be pickled.
+        plan = replace(self._plan, init_loc_fn=init_to_median) if self.is_set_up else self._plan
+        return {**self.__dict__, "_model": None, "master": None, "_plan": plan}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 __all__ = ["to_arviz"]
+
+_ARVIZ_DIMS = ("chain", "draw")
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +48,8 @@ def to_arviz(
 
     Raises:
         ImportError: ArviZ is not installed.
-        ValueError: ``dims`` names a variable that is not there, or too many dimensions.
+        ValueError: ``dims`` or ``coords`` name what is not there, or too many dimensions; or two sites would
+            get the same name.
 
     Example:
         >>> import pyro, torch, pyro.distributions as dist
@@ -61,10 +65,20 @@ def to_arviz(
     """
     import arviz
 
-    groups: dict[str, Any]
-    groups, found_dims, attrs = posterior.to_numpy()
-    groups = {g: {_safe(n): x for n, x in group.items()} for g, group in groups.items()}
-    all_dims = _named_dims(groups, found_dims, dims or {})
+    found, plates, attrs = posterior.to_numpy()
+    names = _safe_names({name for group in found.values() for name in group})
+    groups: dict[str, Any] = {
+        group: {names[name]: array for name, array in arrays.items()} for group, arrays in found.items()
+    }
+    chosen = {name: list(own) for name, own in (dims or {}).items()}
+    if unknown := sorted(set(chosen) - set(names)):
+        raise ValueError(f"dims names {unknown}, but the variables are {sorted(names)}")
+    taken = {*names.values(), *_ARVIZ_DIMS}
+    all_dims = {
+        names[name]: [_free(dim, taken) for dim in [*plates.get(name, ()), *chosen.get(name, ())]]
+        for name in names
+    }
+    _check_dims(groups, all_dims, coords or {})
     attrs = {"arviz_note": "draws from q; weight by exp(lp - log_q)", **attrs}
     options: dict[str, Any] = {"coords": dict(coords or {}), "dims": all_dims, "attrs": attrs}
     if hasattr(arviz, "convert_to_datatree"):
@@ -72,31 +86,43 @@ def to_arviz(
     return arviz.from_dict(**groups, **options)
 
 
-def _named_dims(
+def _safe_names(names: set[str]) -> dict[str, str]:
+    """Names that ArviZ keeps: no '/', which paths in files use, and none of its own dimensions.
+
+    Raises:
+        ValueError: two sites would get the same name.
+    """
+    safe = {name: _free(name.replace("/", "."), set(_ARVIZ_DIMS), "_site") for name in sorted(names)}
+    for name, other in itertools.combinations(safe, 2):
+        if safe[name] == safe[other]:
+            raise ValueError(
+                f"sites '{name}' and '{other}' would both be called '{safe[name]}' in ArviZ, which allows "
+                "no '/'; rename one of them"
+            )
+    return safe
+
+
+def _free(name: str, taken: set[str], suffix: str = "_dim") -> str:
+    """The name itself, or with a suffix if it is taken: ArviZ drops variables named like a dimension."""
+    name = name.replace("/", ".")
+    return name + suffix if name in taken else name
+
+
+def _check_dims(
     groups: Mapping[str, Mapping[str, Array]],
-    found: Mapping[str, Sequence[str]],
-    chosen: Mapping[str, Sequence[str]],
-) -> dict[str, list[str]]:
-    """Dimension names that collide with no variable: ArviZ drops variables named like a dimension."""
-    variables = {name for group in groups.values() for name in group}
-    if unknown := set(map(_safe, chosen)) - variables:
-        raise ValueError(f"dims names {sorted(unknown)}, but the variables are {sorted(variables)}")
-    dims: dict[str, list[str]] = {}
-    for name, plates in found.items():
-        own = list(chosen.get(name, ()))
-        names = [*plates, *own]
-        dims[_safe(name)] = [f"{n}_dim" if n in variables else n for n in map(_safe, names)]
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any]],
+) -> None:
+    known = {dim for names in dims.values() for dim in names}
     for group, arrays in groups.items():
-        sample_dims = 0 if group.endswith("data") else 2
+        sample_dims = 0 if group == "observed_data" else len(_ARVIZ_DIMS)
         for name, array in arrays.items():
-            if len(dims.get(name, ())) > array.ndim - sample_dims:
+            size = array.ndim - sample_dims
+            known |= {f"{name}_dim_{i}" for i in range(size)}
+            if len(dims[name]) > size or len(set(dims[name])) < len(dims[name]):
                 raise ValueError(
-                    f"dims gives '{name}' the dimensions {dims[name]}, but it has only "
-                    f"{array.ndim - sample_dims} besides chain and draw"
+                    f"'{name}' has {size} dimensions besides chain and draw, but would get {dims[name]}; "
+                    "name each of its event dimensions once in dims={...}"
                 )
-    return dims
-
-
-def _safe(name: str) -> str:
-    """Site names may hold '/', which group paths in files use."""
-    return name.replace("/", ".")
+    if unknown := sorted(set(coords) - known):
+        raise ValueError(f"coords names {unknown}, but the dimensions are {sorted(known)}")

@@ -91,6 +91,8 @@ class Network(nn.Module):
         parameters: Tensor = head(*inputs)
         if upstream is None or not torch.is_grad_enabled():
             return parameters, None
+        if torch._C._get_tracing_state():  # functional calls cannot be traced: the ordinary estimator, then
+            return parameters, parameters
         fixed = inputs if context is None else (context.detach(), upstream, indices)
         return parameters, held_fixed(head, *fixed)
 

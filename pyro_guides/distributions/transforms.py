@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import (
     ComposeTransform,
     IndependentTransform,
+    StickBreakingTransform,
     Transform,
 )
 from torch.nn.functional import logsigmoid, softplus
@@ -40,7 +41,7 @@ def bijection(support: Constraint) -> Transform:
     if isinstance(support, constraints.independent):
         base = bijection(support.base_constraint)
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
-    factory = _TRIANGULAR.get(type(support))
+    factory = _OWN.get(type(support))
     return biject_to(support) if factory is None else factory()
 
 
@@ -189,7 +190,20 @@ class PositiveDefiniteTransform(_TriangularTransform):
         return size * math.log(2.0) + (powers * log_diagonal).sum(-1)
 
 
-_TRIANGULAR: dict[type[Constraint], type[Transform]] = {
+@final
+class SimplexTransform(StickBreakingTransform):
+    """Torch's stick breaking, with a log-determinant that stays finite however short the stick gets."""
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        sticks = torch.arange(x.shape[-1], 0, -1, dtype=x.dtype, device=x.device)
+        x = x - sticks.log()
+        left = logsigmoid(-x)
+        before = left.cumsum(-1) - left  # the log of what is left when a piece is broken off
+        return (left + logsigmoid(x) + before).sum(-1)
+
+
+_OWN: dict[type[Constraint], type[Transform]] = {
+    type(constraints.simplex): SimplexTransform,
     type(constraints.lower_cholesky): LowerCholeskyTransform,
     type(constraints.positive_definite): PositiveDefiniteTransform,
     type(pyro_constraints.softplus_lower_cholesky): SoftplusLowerCholeskyTransform,

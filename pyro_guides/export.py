@@ -80,10 +80,13 @@ def to_arviz(
     }
     _check_dims(groups, all_dims, coords or {})
     attrs = {"arviz_note": "draws from q; weight by exp(lp - log_q)", **attrs}
-    options: dict[str, Any] = {"coords": dict(coords or {}), "dims": all_dims, "attrs": attrs}
+    options: dict[str, Any] = {"coords": dict(coords or {}), "dims": all_dims}
     if hasattr(arviz, "convert_to_datatree"):
-        return arviz.from_dict(groups, **options)  # type: ignore[arg-type,unused-ignore]
-    return arviz.from_dict(**groups, **options)
+        return arviz.from_dict(groups, attrs=attrs, **options)  # type: ignore[arg-type,unused-ignore]
+    idata = arviz.from_dict(**groups, **options)
+    for group in groups:  # ArviZ 0.x has attributes of groups only
+        idata[group].attrs.update(attrs)
+    return idata
 
 
 def _safe_names(names: set[str]) -> dict[str, str]:

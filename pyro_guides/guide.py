@@ -236,7 +236,7 @@ class AmortizedGuide(AutoGuide):
         indices = subsample_indices(plates)
         reread = partial(self._read_again, args, kwargs, indices)
         if not settled and not structure.static and differ(structure, indices):
-            structure = reread({})
+            structure = reread({}).completed_by(structure)
         live = self._require_memory().live
         args, kwargs = with_observations(structure, args, kwargs, observations)
         simulated = observations is not None

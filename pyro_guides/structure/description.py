@@ -142,6 +142,10 @@ class Structure:
         }
         return replace(self, plates={**self.plates, **full}) if full else self
 
+    def completed_by(self, other: Structure) -> Structure:
+        """The same structure with what another reading of the model found behind the last latent."""
+        return replace(self, observed=other.observed, plates={**other.plates, **self.plates})
+
     def with_latents(self, latents: Mapping[str, Latent]) -> Structure:
         """The same structure with other descriptions of its latents."""
         return replace(self, latents=latents)

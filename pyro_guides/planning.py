@@ -161,8 +161,9 @@ def _sources(
                 "write inputs=lambda *args, **kwargs: ..."
             )
     if not any(found) and plan.inputs is not None:
+        shapes = [tuple(function(*args, **kwargs).shape) for function in _items(plan.inputs)]
         raise ValueError(
-            "inputs(...) line up with none of the latents' plates "
+            f"inputs(...) of shape {', '.join(map(str, shapes))} line up with none of the latents' plates "
             f"{[(plate.name, plate.batch) for plate in structure.plates.values()]}; return one row per plate "
             "element, or give an encoder of whole data sets, too"
         )

@@ -8,7 +8,6 @@ otherwise it is read again at every call, up to the last latent.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
 from typing import Any, final
 
 import pyro
@@ -56,8 +55,9 @@ def read(
         NotImplementedError: a latent lies in a sequential plate.
     """
     escapes = EscapeDetector()
-    start = partial(escapes.ignoring, init or feasible_value)
-    reader = _Reader(given or {}, indices or {}, start, until, _arguments(args, kwargs))
+    reader = _Reader(
+        given or {}, indices or {}, init or feasible_value, until, _arguments(args, kwargs), escapes
+    )
     # What depends on given values depends on them with its gradient.
     gradients = torch.set_grad_enabled(torch.is_grad_enabled() and bool(given))
     try:
@@ -128,8 +128,10 @@ class _Reader(Messenger):
         init: Init,
         until: Collection[str] | None,
         arguments: Mapping[int | str, Any],
+        escapes: EscapeDetector,
     ) -> None:
         super().__init__()
+        self.escapes = escapes
         self.given = given
         self.indices = dict(indices)
         self.chosen: set[str] = set()  # plates whose elements the model itself names
@@ -157,7 +159,7 @@ class _Reader(Messenger):
         elif not msg["is_observed"] and msg["value"] is None and not _is_left_to_model(msg):
             _check_support(msg)
             value = self.given.get(msg["name"])
-            msg["value"] = self.init(msg) if value is None else value
+            msg["value"] = self.escapes.ignoring(self.init, msg) if value is None else value
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if _is_subsample(msg):
@@ -193,7 +195,7 @@ class _Reader(Messenger):
             self.indices[name] = torch.as_tensor(msg["value"])
         elif batch is not None and batch < size:
             if name not in self.indices:
-                self.indices[name] = random_subset(size, batch, fn.device)
+                self.indices[name] = self.escapes.ignoring(random_subset, size, batch, fn.device)
             msg["value"] = self.indices[name]
 
     def _note_plates(self, msg: dict[str, Any]) -> list[Plate]:

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_guides.distributions.scales import Scale
+from pyro_guides.distributions.scales import Scale, broadcast
 from pyro_guides.distributions.vector import Shape, VectorDistribution
 
 __all__ = ["VectorNormal"]
@@ -38,7 +38,7 @@ class VectorNormal(VectorDistribution):
     """
 
     def __init__(self, loc: Tensor, scale: Scale, *, stick_the_landing: bool = True) -> None:
-        batch_shape = torch.broadcast_shapes(loc.shape[:-1], scale.batch_shape)
+        batch_shape = broadcast(loc.shape[:-1], scale.batch_shape)
         super().__init__(batch_shape, loc.shape[-1], stick_the_landing=stick_the_landing)
         self.loc = loc
         self.scale = scale

@@ -15,7 +15,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-__all__ = ["CholeskyScale", "DiagonalScale", "LowRankScale", "Scale"]
+__all__ = ["CholeskyScale", "DiagonalScale", "LowRankScale", "Scale", "broadcast"]
+
+
+def broadcast(first: torch.Size, second: torch.Size) -> torch.Size:
+    """``torch.broadcast_shapes``, which takes its time, for shapes that are mostly equal."""
+    return first if first == second else torch.broadcast_shapes(first, second)
 
 
 class Scale(ABC):
@@ -34,7 +39,7 @@ class Scale(ABC):
     def batch_shape(self) -> torch.Size:
         """The shape of the parameters without D."""
         shape = self.diagonal.shape[:-1]
-        return shape if self.scored is None else torch.broadcast_shapes(shape, self.scored.shape[:-1])
+        return shape if self.scored is None else broadcast(shape, self.scored.shape[:-1])
 
     @abstractmethod
     def multiply(self, vector: Tensor) -> Tensor:
@@ -117,7 +122,7 @@ class CholeskyScale(Scale):
 
     def _solve(self, vector: Tensor, *, transposed: bool) -> Tensor:
         matrix = self.strict.mT if transposed else self.strict
-        shape = torch.broadcast_shapes(matrix.shape[:-2], vector.shape[:-1])
+        shape = broadcast(matrix.shape[:-2], vector.shape[:-1])
         return torch.linalg.solve_triangular(
             matrix.expand(*shape, *matrix.shape[-2:]),
             vector.expand(*shape, vector.shape[-1]).unsqueeze(-1),

@@ -22,6 +22,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_guides.distributions.scales import broadcast
 from pyro_guides.distributions.transforms import is_identity, strip_independent
 from pyro_guides.distributions.vector import Mark, Shape, VectorDistribution, score_parts
 
@@ -221,4 +222,4 @@ class SiteDistribution(TorchDistribution):
         return jacobian.expand(self._batch_of(u))
 
     def _batch_of(self, u: Tensor) -> torch.Size:
-        return torch.broadcast_shapes(u.shape[:-1], self.batch_shape)
+        return broadcast(u.shape[:-1], self.batch_shape)

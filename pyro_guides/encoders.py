@@ -76,8 +76,9 @@ class Standardize(nn.Module):
         if self.mean is None:
             self.fit(x)
         scaled = (x - cast("Tensor", self.mean)) * cast("Tensor", self.inverse_scale)
-        excess = (scaled.abs() - _LARGEST_INPUT).clamp(min=0.0)
-        scaled = scaled.clamp(-_LARGEST_INPUT, _LARGEST_INPUT) + scaled.sign() * excess.log1p()
+        clamped = scaled.clamp(-_LARGEST_INPUT, _LARGEST_INPUT)
+        excess = scaled - clamped
+        scaled = clamped + excess.abs().log1p().copysign(excess)
         if not self.missing:
             return scaled
         there = scaled.isfinite()

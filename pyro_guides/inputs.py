@@ -7,6 +7,7 @@ with a sentence that says which one, not end up in the weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -50,7 +51,7 @@ class Source:
         plates: Sequence[Plate],
         indices: Mapping[str, Tensor],
         *,
-        missing: bool,
+        missing: Callable[[], bool],
         simulated: bool = False,
     ) -> Tensor:
         """The inputs of this call, ``(*batch of the plates, *feature_shape)``, checked.
@@ -60,7 +61,7 @@ class Source:
             kwargs: the model's keyword arguments.
             plates: this call's plates, in the order of ``self.plates``.
             indices: the elements that subsampled plates take.
-            missing: whether NaN marks a missing value.
+            missing: whether NaN marks a missing value; only asked if there is one.
             simulated: whether the model has drawn them itself, for particles side by side perhaps; then
                 they are laid out as its plates are.
         """
@@ -225,18 +226,20 @@ def as_float_tensor(value: Any, label: str) -> Tensor:
     return value
 
 
-def check_finite(x: Tensor, label: str, *, missing: bool) -> None:
+def check_finite(x: Tensor, label: str, *, missing: Callable[[], bool]) -> None:
     """Raise a ValueError that names the first bad rows if ``x`` holds NaN or infinity.
 
     One sum settles the good case; only a bad one is searched.
     """
-    if missing:
-        x = torch.where(x.isnan(), torch.zeros_like(x), x)
-    if bool(x.detach().sum().isfinite()) or bool(x.isfinite().all()):
+    if math.isfinite(x.detach().sum().item()):
         return
-    bad = (~x.isfinite()).reshape(x.shape[0] if x.dim() else 1, -1).any(-1).nonzero().flatten()
-    kind = "NaN" if bool(x.isnan().any()) else "infinite values"
-    advice = "remove them" if missing else "remove them, or declare NaN missing with MLP(missing=True)"
+    allowed = missing()
+    fine = ~x.isinf() if allowed else x.isfinite()
+    if bool(fine.all()):
+        return
+    bad = (~fine).reshape(x.shape[0] if x.dim() else 1, -1).any(-1).nonzero().flatten()
+    kind = "NaN" if not allowed and bool(x.isnan().any()) else "infinite values"
+    advice = "remove them" if allowed else "remove them, or declare NaN missing with MLP(missing=True)"
     raise ValueError(
         f"{label} holds {kind} in {len(bad)} of {x.shape[0] if x.dim() else 1} rows, the first ones "
         f"{bad[:5].tolist()}; {advice}"

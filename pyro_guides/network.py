@@ -5,8 +5,10 @@ Nothing here knows Pyro's handlers: a :class:`Network` maps inputs and upstream 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -143,7 +145,7 @@ def encode(
         ValueError: its context has another number of rows, or is not finite.
     """
     plates = [structure.plates[name] for name in source.plates]
-    missing = declares_missing(encoder)
+    missing = partial(declares_missing, encoder)
     x = source.rows(args, kwargs, plates, indices, missing=missing, simulated=simulated)
     batch = x.shape[: x.dim() - len(source.feature_shape)]
     context = encoder(source.as_rows(x) if batch else x)
@@ -174,7 +176,8 @@ def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:
         raise ValueError(
             f"encoder {name} returned contexts of shape {tuple(context.shape)}, expected {expected}"
         )
-    if not bool(context.detach().sum().isfinite()):
+    # A sum settles it, unless it overflows itself.
+    if not math.isfinite(context.detach().sum().item()) and not bool(context.isfinite().all()):
         raise ValueError(
             f"encoder {name} returned NaN or infinite values for finite inputs; its weights may have "
             "diverged: lower the learning rate or clip gradients"

@@ -63,7 +63,7 @@ class FusedOptim(PyroOptim):
         self._groups: dict[Tensor, dict[str, Any]] = {}
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """Make one step on ``params``, taking in those not seen before."""
+        """Make one step on ``params``, taking in those not seen before; their gradients are used up."""
         used = dict.fromkeys(params)
         for param in used:
             if param not in self._groups:
@@ -80,6 +80,9 @@ class FusedOptim(PyroOptim):
             self.optimizer.step(*args, **kwargs)
         for param, gradient in zip(unused, gradients, strict=True):
             param.grad = gradient
+        # SVI would fill used gradients with zeros and add the next ones; none are cheaper to start from.
+        for param in used:
+            param.grad = None
 
     def get_state(self) -> dict[str, Any]:
         """A snapshot of state and options of each parameter, by name."""

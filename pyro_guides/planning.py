@@ -140,7 +140,7 @@ def _standardize_with_all_rows(
     """Statistics come from every row at hand, even if the model subsamples them."""
     if isinstance(encoder, MLP) and encoder.standardize.mean is None and source.plates:
         x: Tensor = source.get(*args, **kwargs)
-        check_finite(x, source.label, missing=encoder.standardize.missing)
+        check_finite(x, source.label, missing=lambda: encoder.standardize.missing)
         encoder.standardize.fit(source.as_rows(x).flatten(1))
 
 

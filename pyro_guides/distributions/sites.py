@@ -51,7 +51,9 @@ class Piece:
 
     def constrain(self, u: Tensor) -> Tensor:
         """The site's value from its slice of u, ``(*batch, size) -> (*batch, *event_shape)``."""
-        shaped = u.reshape(u.shape[:-1] + self.unconstrained_shape)
+        shaped = u
+        if len(self.unconstrained_shape) != 1:  # a reshape to the same shape would be a step in the graph
+            shaped = u.reshape(u.shape[:-1] + self.unconstrained_shape)
         return shaped if is_identity(self.transform) else self.transform(shaped)
 
     def unconstrain(self, value: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class Joint:
         """The value of one site from the group's joint draw, which the first caller makes."""
         if self._draw is None:
             self._draw = self.distribution()
-        value = self._pieces[name].constrain(self._draw[..., slice(*self.bounds[name])])
+        value = self._pieces[name].constrain(self._slice(self._draw, name))
         self._drawn[name] = Mark(value)
         return value
 
@@ -146,8 +148,12 @@ class Joint:
 
     def _unconstrained(self, name: str) -> Tensor:
         if self._draw is not None and self._is_own(name):
-            return self._draw[..., slice(*self.bounds[name])]
+            return self._slice(self._draw, name)
         return self._pieces[name].unconstrain(self._values[name])
+
+    def _slice(self, u: Tensor, name: str) -> Tensor:
+        """One site's part of u: all of it if there is no other, without a step in the graph."""
+        return u if len(self.bounds) == 1 else u[..., slice(*self.bounds[name])]
 
     def _is_own(self, name: str) -> bool:
         return name in self._drawn and self._drawn[name].matches(self._values[name])
@@ -197,6 +203,8 @@ class SiteDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The site's share of the group's log density, ``(*batch_shape)``."""
+        if self._scores_q_alone(value):
+            return self.joint.scored().log_prob(self.joint.unconstrained())
         jacobian = self._log_jacobian(value)
         if not self._is_last:
             return -jacobian
@@ -204,6 +212,8 @@ class SiteDistribution(TorchDistribution):
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """As :meth:`log_prob`, with the gradient estimator of the group's distribution."""
+        if self._scores_q_alone(value):
+            return self.joint.scored().score_parts(self.joint.unconstrained())
         jacobian = self._log_jacobian(value)
         if not self._is_last:
             return score_parts(-jacobian, -jacobian)
@@ -213,6 +223,12 @@ class SiteDistribution(TorchDistribution):
     @property
     def _is_last(self) -> bool:
         return self.name == self.joint.last
+
+    def _scores_q_alone(self, value: Tensor) -> bool:
+        """Note the value; True if its Jacobian is one and the site scores q, which then is all there is."""
+        self.joint.take(self.name, value)
+        whole = value.shape == self.batch_shape + self.event_shape
+        return whole and self._is_last and is_identity(self.piece.transform)
 
     def _log_jacobian(self, value: Tensor) -> Tensor:
         u = self.joint.take(self.name, value)

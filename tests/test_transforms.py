@@ -313,6 +313,7 @@ def normal_parts(*shape):
     return torch.randn(shape, dtype=F64), torch.rand(shape, dtype=F64) + 0.5
 
 
+ABOVE_ONE = constraints.independent(constraints.greater_than(1.0), 1)
 KL_SHAPES = {"scalar": (), "vector": (3,), "matrix": (2, 2)}
 
 
@@ -355,6 +356,7 @@ def test_kl_leaves_everything_else_to_the_draw():
     scored = torch.tensor([True, False, True])
     vector = (constraints.real_vector, (3,), (3,))
     joint = Joint(q, {"a": (0, 1), "b": (1, 3)})
+    log_normal = dist.LogNormal(torch.zeros(3, dtype=F64), 1.0).to_event(1)
     cases = {
         "masked q": (site_of(bound(parameters, scored), *vector), standard),
         "masked piece": (site_of(q, *vector, mask=scored, mask_event_dim=1), standard),
@@ -364,6 +366,11 @@ def test_kl_leaves_everything_else_to_the_draw():
         "support of another": (
             site_of(q, constraints.independent(constraints.positive, 1), (3,), (3,)),
             standard,
+        ),
+        "greater than one": (site_of(q, ABOVE_ONE, (3,), (3,)), log_normal),
+        "softplus": (
+            site_of(q, constraints.independent(constraints.softplus_positive, 1), (3,), (3,)),
+            log_normal,
         ),
         "another bijection": (site_of(q, *vector), dist.LogNormal(torch.zeros(3), 1.0).to_event(1)),
     }

@@ -147,6 +147,18 @@ def test_parameters_that_a_step_does_not_use_stay():
     assert optimizer.optimizer.state[pyro.get_param_store()._params["once"]]["step"] == 1
 
 
+def test_two_guides_train_under_names_of_their_own():
+    optimizer, guides = optim.Adam({"lr": 0.1}), [AmortizedGuide(model, amortize=()) for _ in range(2)]
+    for guide in guides:
+        _, before, _ = run(optimizer, range(1), guide)
+        run(optimizer, range(1, 3), guide)
+        moved = {
+            name for name, value in snapshot().items() if not torch.equal(value, before.get(name, value))
+        }
+        assert {f"{guide._store_name}$$${name}" for name, _ in guide.network.named_parameters()} < moved
+    assert guides[0]._store_name != guides[1]._store_name
+
+
 def test_gradients_of_unused_parameters_survive():
     used, unused = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = FusedOptim(torch.optim.SGD, {"lr": 0.5})

@@ -333,6 +333,8 @@ def test_default_encoder_is_shared_by_groups_of_one_input():
     guide = AmortizedGuide(nested, amortize=["data"]).setup(torch.randn(6, 5))
     assert [type(e) for e in guide.network.encoders] == [MLP]
     guide = AmortizedGuide(nested).setup(torch.randn(6, 5))  # rows, and single cells
+    assert guide.network.training
+    assert not AmortizedGuide(nested).eval().setup(torch.randn(6, 5)).network.training
     assert [type(e) for e in guide.network.encoders] == [MLP, MLP]
 
 

@@ -393,3 +393,18 @@ def test_live_sites():
             normal("scale")
 
     assert live_sites(model, (), {}) == {"support", "mask", "scale"}
+
+
+def test_a_scale_that_a_closure_changes_is_followed_even_from_one():
+    warmup = {"scale": 1.0}
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            with pyro.poutine.scale(scale=warmup["scale"]):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide, x = AmortizedGuide(model), torch.randn(4)
+    for scale in (1.0, 0.25, 1.0):
+        warmup["scale"] = scale
+        assert pyro.poutine.trace(guide).get_trace(x).nodes["z"]["scale"] == scale

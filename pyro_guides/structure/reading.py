@@ -14,7 +14,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import MaskedDistribution
+from pyro.poutine.mask_messenger import MaskMessenger
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
@@ -134,6 +137,7 @@ class _Reader(Messenger):
         self.escapes = escapes
         self.given = given
         self.indices = dict(indices)
+        self.weighted = False  # whether a handler scales or masks latents, if only by one for now
         self.chosen: set[str] = set()  # plates whose elements the model itself names
         self.init = init
         self.waiting = None if until is None else set(until)
@@ -150,7 +154,7 @@ class _Reader(Messenger):
             self.plates,
             self.observed,
             self.values,
-            static and fixed and not self.chosen,
+            static and fixed and not self.weighted and not self.chosen,
         )
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
@@ -173,12 +177,17 @@ class _Reader(Messenger):
         if msg["is_observed"]:
             self.observed[name] = Observed(name, plates, self._argument(msg["value"]))
             return
+        self.weighted = self.weighted or self._is_weighted()
         self.latents[name] = _describe(msg, plates, [self.plates[plate] for plate in plates])
         self.values[name] = msg["value"]
         if self.waiting is not None:
             self.waiting.discard(name)
             if not self.waiting:
                 raise _AllRead
+
+    def _is_weighted(self) -> bool:
+        inside = _PYRO_STACK[_PYRO_STACK.index(self) + 1 :]
+        return any(isinstance(handler, (ScaleMessenger, MaskMessenger)) for handler in inside)
 
     def _note_subsample(self, msg: dict[str, Any]) -> None:
         fn = msg["fn"]

@@ -214,4 +214,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=2500, help="training steps per fit")
     parser.add_argument("--output", type=Path, default=Path("examples/output"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # layers this small are slower on several threads
     main(arguments.steps, arguments.output)

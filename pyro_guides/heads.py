@@ -100,7 +100,7 @@ class AmortizedHead(nn.Module):
         self.outer: nn.Module | None = None
         if side:
             self.inner = ScaledLinear(context_size + side, _MIXING_WIDTH, **options)
-            self.outer = ScaledLinear(_MIXING_WIDTH, context_size, **options)
+            self.outer = ScaledLinear(_MIXING_WIDTH, context_size, zero=True, **options)
         self.output = ScaledLinear(context_size + side, len(initial), zero=True, **options)
         with torch.no_grad():
             self.output.bias.copy_(initial)

@@ -52,5 +52,6 @@ def _is_exponential(site: SiteDistribution) -> bool:
     support: Any = site.piece.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    is_positive = isinstance(support, (type(constraints.positive), type(constraints.nonnegative)))
+    # Subclasses of these constraints are reached by other functions than exp.
+    is_positive = type(support) in (type(constraints.positive), type(constraints.nonnegative))
     return is_positive and support.lower_bound == 0

@@ -274,7 +274,12 @@ def _source(
 
 def _refuse_ambiguous(tensors: Mapping[int | str, Tensor], group: str) -> None:
     names = [f"{_label(key)} {tuple(tensor.shape)}" for key, tensor in tensors.items()]
-    picks = ", ".join(f"kwargs[{key!r}]" if isinstance(key, str) else f"args[{key}]" for key in tensors)
+    most = max(tensor.dim() for tensor in tensors.values())
+    picks = ", ".join(
+        (f"kwargs[{key!r}]" if isinstance(key, str) else f"args[{key}]")
+        + ("" if tensor.dim() == most else "[" + ", ".join(["...", *["None"] * (most - tensor.dim())]) + "]")
+        for key, tensor in tensors.items()
+    )
     raise ValueError(
         f"several arguments line up with the plates of {group}: {'; '.join(names)}. Say what the "
         f"encoder reads: inputs=lambda *args, **kwargs: torch.cat([{picks}], dim=-1), or one of them"

@@ -1,5 +1,6 @@
 """The figures of the quickstart: real images, an exact posterior, no tolerance but Monte-Carlo noise."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
 
-from pyro_guides import DiagonalNormal, FullRankNormal
+from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, layers, optim
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 STEPS = 3000
@@ -63,6 +65,21 @@ def test_diagonal_reaches_its_own_optimum_and_no_more(quickstart, model, images)
     assert quickstart.mean_elbo(model, guide, images[1], repeats=200) == pytest.approx(DIAGONAL, abs=0.05)
     assert mean_error.median() < 0.05
     assert sd_error.median() > 0.1  # the control: a diagonal cannot have the exact standard deviations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_only_scaled_layers_are_stable_at_a_large_learning_rate(model, images, monkeypatch, ordinary):
+    if ordinary:
+        monkeypatch.setattr(layers, "_GAIN", 1e9)  # a gain of one everywhere
+    guide = AmortizedGuide(model).setup(images[0])
+    svi = SVI(model, guide, optim.Adam({"lr": 0.03}), Trace_ELBO())
+    losses = []
+    with contextlib.suppress(ValueError):  # a guide whose weights diverged says so
+        for _ in range(400):
+            losses.append(svi.step(images[0][torch.randint(len(images[0]), (128,))]) / 128)
+    stable = len(losses) == 400 and max(losses[100:]) < 200
+    assert stable != ordinary
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast, final
@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_guides.distributions import Joint, VectorDistribution
+from pyro_guides.distributions.sites import joined
 from pyro_guides.groups import Group, Masks, masks, piece
 from pyro_guides.network import Network, encode
 from pyro_guides.plates import subsample_indices
@@ -69,7 +70,7 @@ class Call:
             joints = self._new_joints(index, part.group, found)
             self._joints.append(joints)
             drawn = [self._sample_joint(joint, part.group, found) for joint in joints]
-            self.unconstrained.append(_joined(drawn))
+            self.unconstrained.append(joined(drawn))
         return self.values
 
     def place(self, pick: Callable[[VectorDistribution], Tensor]) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ class Call:
         if not any(joint.changed for i in upstream for joint in self._joints[i]):
             return None
         for i in upstream:
-            self.unconstrained[i] = _joined([joint.unconstrained() for joint in self._joints[i]])
+            self.unconstrained[i] = joined([joint.unconstrained() for joint in self._joints[i]])
         parameters = self._parameters(index)
         if name is None:
             return self.network.distribution(index, *parameters, scored)
@@ -148,7 +149,7 @@ class Call:
             context = self._contexts[key]
         upstream = None
         if part.upstream:
-            upstream = _joined([self.unconstrained[i] for i in part.upstream])
+            upstream = joined([self.unconstrained[i] for i in part.upstream])
         return self.network.parameters_of(index, context, upstream, self.indices)
 
     def _masks(self, group: Group) -> Masks:
@@ -175,11 +176,3 @@ class Call:
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:
     return bool(torch.as_tensor(a == b).all())
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate vectors whose batch dimensions broadcast."""
-    if len(parts) == 1:
-        return parts[0]
-    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)

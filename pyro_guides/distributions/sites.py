@@ -9,7 +9,7 @@ one site needs no special treatment: its only site is the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
@@ -26,7 +26,7 @@ from pyro_guides.distributions.scales import broadcast
 from pyro_guides.distributions.transforms import is_identity, strip_independent
 from pyro_guides.distributions.vector import Mark, Shape, VectorDistribution, score_parts
 
-__all__ = ["Joint", "Piece", "SiteDistribution"]
+__all__ = ["Joint", "Piece", "SiteDistribution", "joined"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +142,7 @@ class Joint:
         """Values u of the whole group at the values its sites took, ``(..., D)``."""
         if self._draw is not None and all(map(self._is_own, self.bounds)):
             return self._draw
-        parts = [self._unconstrained(name) for name in self.bounds]
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
+        return joined([self._unconstrained(name) for name in self.bounds])
 
     def _unconstrained(self, name: str) -> Tensor:
         if self._draw is not None and self._is_own(name):
@@ -157,6 +155,14 @@ class Joint:
 
     def _is_own(self, name: str) -> bool:
         return name in self._drawn and self._drawn[name].matches(self._values[name])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate vectors whose batch dimensions broadcast."""
+    if len(parts) == 1:
+        return parts[0]
+    batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
 
 
 @final

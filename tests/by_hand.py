@@ -45,8 +45,8 @@ class Recorder:
 def normal(bound, parameters, scored=None):
     """q(u; λ) of a bound family by what its map u = μ + S ε does to 0 and to unit vectors."""
     q = bound(parameters, None if scored is None or scored.all() else scored)
-    loc = q.push(torch.zeros_like(q.mean))
-    columns = [q.push(unit.expand_as(loc)) - loc for unit in torch.eye(loc.shape[-1], dtype=loc.dtype)]
+    loc = q.push(torch.zeros_like(q.mean))[0]
+    columns = [q.push(unit.expand_as(loc))[0] - loc for unit in torch.eye(loc.shape[-1], dtype=loc.dtype)]
     scale = torch.stack(columns, dim=-1)
     return MultivariateNormal(loc, scale @ scale.mT)
 

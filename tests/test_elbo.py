@@ -361,13 +361,14 @@ def test_single_precision_stays_single():
 
 
 def narrow(self, noise, push=VectorNormal.push):
-    return self.loc + 0.95 * (push(self, noise) - self.loc)
+    value, log_volume = push(self, noise)
+    return self.loc + 0.95 * (value - self.loc), log_volume
 
 
 JACOBIAN = ("distributions.sites.Piece.log_jacobian", lambda self, u, value: u.new_zeros(u.shape[:-1]))
 DETERMINANT = (
-    "distributions.normal.VectorNormal.noise_log_prob",
-    lambda self, noise: -0.5 * noise.square().sum(-1),
+    "distributions.normal.VectorNormal.log_prob_from",
+    lambda self, origin: -0.5 * origin[0].square().sum(-1),
 )
 SCALE = ("guide.AmortizedGuide.forward", poutine.scale(AmortizedGuide.forward, scale=4 / 20))
 FAULTS = {

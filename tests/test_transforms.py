@@ -230,7 +230,7 @@ def make_joint(*batch):
 
 
 def covariance(q):
-    columns = [q.push(e.expand(q.mean.shape)) - q.mean for e in torch.eye(q.event_shape[0], dtype=F64)]
+    columns = [q.push(e.expand(q.mean.shape))[0] - q.mean for e in torch.eye(q.event_shape[0], dtype=F64)]
     matrix = torch.stack(columns, -1).detach()
     return matrix @ matrix.mT
 

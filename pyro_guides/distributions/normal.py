@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
 from torch import Tensor
 
 from pyro_guides.distributions.scales import Scale, broadcast
-from pyro_guides.distributions.vector import Shape, VectorDistribution
+from pyro_guides.distributions.vector import PushForward, Shape, VectorDistribution
 
 __all__ = ["VectorNormal"]
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
-
 
 @final
-class VectorNormal(VectorDistribution):
+class VectorNormal(PushForward):
     r"""The normal distribution of u = μ + S ε, ε ~ N(0, I).
 
     Log q of an own draw needs neither u - μ nor a solve:
@@ -39,7 +36,7 @@ class VectorNormal(VectorDistribution):
 
     def __init__(self, loc: Tensor, scale: Scale, *, stick_the_landing: bool = True) -> None:
         batch_shape = broadcast(loc.shape[:-1], scale.batch_shape)
-        super().__init__(batch_shape, loc.shape[-1], stick_the_landing=stick_the_landing)
+        super().__init__(batch_shape, loc, scale.scored, stick_the_landing=stick_the_landing)
         self.loc = loc
         self.scale = scale
 
@@ -53,22 +50,21 @@ class VectorNormal(VectorDistribution):
         """The marginal variances, ``(*batch_shape, D)``."""
         return self.scale.variance().expand(self._extended_shape())
 
-    def push(self, noise: Tensor) -> Tensor:
-        return self.loc + self.scale.multiply(noise)
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loc + self.scale.multiply(noise), self.scale.log_determinant()
 
-    def pull(self, value: Tensor) -> Tensor:
-        return self.scale.solve(value - self.loc)
-
-    def noise_log_prob(self, noise: Tensor) -> Tensor:
-        quadratic = self.scale.sum_scored(0.5 * noise.square() + _HALF_LOG_TWO_PI)
-        return -quadratic - self.scale.log_determinant()
+    def pull(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scale.solve(value - self.loc), self.scale.log_determinant()
 
     def slope(self, noise: Tensor) -> Tensor:
-        scored = self.scale.scored
-        return self.scale.solve_transposed(noise if scored is None else noise * scored)
+        r"""The score :math:`-\nabla_u \log q(u)` at the draw made from ``noise``, ``(..., D)``."""
+        return self.scale.solve_transposed(noise if self.scored is None else noise * self.scored)
 
-    def sample_noise(self, shape: torch.Size) -> Tensor:
-        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+    def path_log_prob(self, value: Tensor, origin: tuple[Tensor, Tensor], log_prob: Tensor) -> Tensor:
+        # No second density is needed: the slope in u is known.
+        with torch.no_grad():
+            slope = self.slope(origin[0])
+        return log_prob.detach() - (slope * (value - value.detach())).sum(-1)
 
     def expand(self, batch_shape: Shape, _instance: VectorDistribution | None = None) -> VectorDistribution:
         if torch.Size(batch_shape) == self.batch_shape:

@@ -1,8 +1,9 @@
 r"""What every q(u; λ) is to Pyro: a distribution over vectors that knows its own draws.
 
-A guide scores what it has just drawn. The noise behind a draw already determines its log density,
-so nothing needs to be inverted: a :class:`VectorDistribution` remembers its last draw and recognises
-it *by identity* when it is asked to score it. Any other value is scored by inversion.
+A guide scores what it has just drawn. The *origin* of a draw - the noise behind it, say - already
+determines its log density, so nothing needs to be inverted: a :class:`VectorDistribution` remembers the
+origin of its last draw and recognises the draw *by identity* when it is asked to score it. Any other
+value is first traced back to where it would have come from.
 
 The entropy term of the gradient is *sticking the landing*: with the parameters λ held fixed inside
 the density, :math:`\nabla_\lambda \log q(u(\lambda, \varepsilon); \bar\lambda)` drops the score
@@ -14,6 +15,7 @@ Gradient Estimators for Variational Inference", 2017, arXiv:1703.09194.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, final
 
@@ -24,9 +26,11 @@ from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.distributions import constraints
 
-__all__ = ["Mark", "Shape", "VectorDistribution", "score_parts"]
+__all__ = ["Mark", "PushForward", "Shape", "VectorDistribution", "score_parts"]
 
 Shape = torch.Size | list[int] | tuple[int, ...]
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def score_parts(log_prob: Tensor, entropy_term: Tensor) -> ScoreParts:
@@ -53,10 +57,10 @@ def _version(tensor: Tensor) -> int:
 
 
 class VectorDistribution(TorchDistribution):
-    """A reparameterized distribution over vectors u of size D that recognises its own draws.
+    """A distribution over vectors u of size D that recognises its own draws.
 
-    To write one, implement the five methods below for parameters of any batch shape. Noise always
-    has the shape ``(*sample_shape, *batch_shape, D)``; parameters broadcast against it.
+    To write one, implement the five methods below for parameters of any batch shape; or take
+    :class:`PushForward`, if draws are an invertible function of normal noise.
 
     Args:
         batch_shape: the batch shape, usually the plates' sizes.
@@ -74,62 +78,109 @@ class VectorDistribution(TorchDistribution):
         # The same density with the weights behind λ held fixed but the upstream values live; set by
         # a guide whose λ depends on upstream draws, whose paths must stay in the entropy.
         self.path_twin: VectorDistribution | None = None
-        self._drawn: tuple[Mark, Tensor] | None = None
+        self._drawn: tuple[Mark, Any] | None = None
 
     @abstractmethod
-    def push(self, noise: Tensor) -> Tensor:
-        """Turn noise into a draw u, both ``(..., D)``."""
+    def generate(self, shape: torch.Size) -> tuple[Tensor, Any]:
+        """Draw u of the given shape ``(..., D)`` with a gradient path to λ; returns it with its origin."""
 
     @abstractmethod
-    def pull(self, value: Tensor) -> Tensor:
-        """Turn u into the noise it came from, both ``(..., D)``: the inverse of :meth:`push`."""
+    def trace_back(self, value: Tensor) -> Any:
+        """The origin that a given u ``(..., D)`` would have."""
 
     @abstractmethod
-    def noise_log_prob(self, noise: Tensor) -> Tensor:
-        """Log q of the draw made from ``noise``, ``(...)``."""
+    def log_prob_from(self, origin: Any) -> Tensor:
+        """Log q of the u that has this origin, ``(...)``."""
 
     @abstractmethod
-    def slope(self, noise: Tensor) -> Tensor:
-        r"""The score :math:`-\nabla_u \log q(u)` at the draw made from ``noise``, ``(..., D)``."""
-
-    @abstractmethod
-    def sample_noise(self, shape: torch.Size) -> Tensor:
-        """Draw noise of the given shape, in the dtype and on the device of the parameters."""
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """Pyro's hook for gradient estimators."""
 
     @abstractmethod
     def expand(self, batch_shape: Shape, _instance: VectorDistribution | None = None) -> VectorDistribution:
         """The same distribution with a larger batch shape, drawn independently along it."""
 
+    def __call__(self, sample_shape: Shape = ()) -> Tensor:
+        """Draw u: what ``pyro.sample`` calls, with a gradient path even where it is not all there is."""
+        return self.rsample(sample_shape)
+
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """Draw u with a gradient path to λ: ``(*sample_shape, *batch_shape, D)``."""
-        noise = self.sample_noise(self._extended_shape(torch.Size(sample_shape)))
-        value = self.push(noise)
-        self._drawn = (Mark(value), noise)
+        value, origin = self.generate(self._extended_shape(torch.Size(sample_shape)))
+        self._drawn = (Mark(value), origin)
         return value
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log q of given values ``(..., D)``, without inversion if they were just drawn here."""
-        return self.noise_log_prob(self._noise_of(value))
+        return self.log_prob_from(self.origin_of(value))
 
-    def score_parts(self, value: Tensor) -> ScoreParts:
-        """Pyro's hook for gradient estimators: log q, no score function, the entropy's path."""
-        noise = self._noise_of(value)
-        log_prob = self.noise_log_prob(noise)
-        if not (self.stick_the_landing and torch.is_grad_enabled()):
-            return score_parts(log_prob, log_prob)
-        return score_parts(log_prob, self._path_log_prob(value, noise, log_prob))
-
-    def _path_log_prob(self, value: Tensor, noise: Tensor, log_prob: Tensor) -> Tensor:
-        if self.path_twin is not None:
-            return self.path_twin.log_prob(value)
-        # Value and gradient of log q(u; sg λ) without a second density: its slope in u is known.
-        value = detach_provenance(value)
-        with torch.no_grad():
-            slope = self.slope(noise)
-        return log_prob.detach() - (slope * (value - value.detach())).sum(-1)
-
-    def _noise_of(self, value: Tensor) -> Tensor:
+    def origin_of(self, value: Tensor) -> Any:
+        """The origin of u: the one remembered if u was just drawn here."""
         value = detach_provenance(value)  # a tracked value hides the identity of the draw
         if self._drawn is not None and self._drawn[0].matches(value):
             return self._drawn[1]
+        return self.trace_back(value)
+
+
+class PushForward(VectorDistribution):
+    r"""Normal noise pushed through an invertible map: :math:`u = F(\varepsilon), \varepsilon \sim N(0, I)`.
+
+    .. math:: \log q(u) = \log N(\varepsilon; 0, I) - \log |\det \partial F / \partial \varepsilon|
+
+    Noise always has the shape ``(*sample_shape, *batch_shape, D)``; parameters broadcast against it. The
+    origin of a draw is its noise and the log-volume of the map there.
+
+    Args:
+        batch_shape: the batch shape.
+        like: a tensor with D elements in the last dimension, and the dtype and device of the noise.
+        scored: which elements of u count in the density, ``(..., D)``; all of them if None.
+        stick_the_landing: see :class:`VectorDistribution`.
+    """
+
+    def __init__(
+        self, batch_shape: torch.Size, like: Tensor, scored: Tensor | None, *, stick_the_landing: bool = True
+    ) -> None:
+        super().__init__(batch_shape, like.shape[-1], stick_the_landing=stick_the_landing)
+        self.scored = scored
+        self._like = like
+
+    @abstractmethod
+    def push(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn noise ``(..., D)`` into u; returns it with the log-volume of the map there, ``(...)``."""
+
+    @abstractmethod
+    def pull(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise that u came from, with the log-volume of :meth:`push` there."""
+
+    @abstractmethod
+    def path_log_prob(self, value: Tensor, origin: tuple[Tensor, Tensor], log_prob: Tensor) -> Tensor:
+        """Log q(u; λ) with λ held fixed inside the density: its only gradient is that in u."""
+
+    def sample_noise(self, shape: torch.Size) -> Tensor:
+        """Draw noise of the given shape."""
+        return torch.randn(shape, dtype=self._like.dtype, device=self._like.device)
+
+    def generate(self, shape: torch.Size) -> tuple[Tensor, Any]:
+        noise = self.sample_noise(shape)
+        value, log_volume = self.push(noise)
+        return value, (noise, log_volume)
+
+    def trace_back(self, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.pull(value)
+
+    def log_prob_from(self, origin: tuple[Tensor, Tensor]) -> Tensor:
+        noise, log_volume = origin
+        terms = 0.5 * noise.square() + _HALF_LOG_TWO_PI
+        if self.scored is not None:
+            terms = torch.where(self.scored, terms, torch.zeros_like(terms))
+        return -terms.sum(-1) - log_volume
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """Log q, no score function, and the entropy's path."""
+        origin = self.origin_of(value)
+        log_prob = self.log_prob_from(origin)
+        if not (self.stick_the_landing and torch.is_grad_enabled()):
+            return score_parts(log_prob, log_prob)
+        if self.path_twin is not None:
+            return score_parts(log_prob, self.path_twin.log_prob(value))
+        return score_parts(log_prob, self.path_log_prob(detach_provenance(value), origin, log_prob))

@@ -352,7 +352,8 @@ def cut(self, index, *inputs, parameters_of=Network.parameters_of):
 
 
 def half(self, noise, push=VectorNormal.push):
-    return push(self, noise).detach() + 0.5 * (push(self, noise) - push(self, noise).detach())
+    value, log_volume = push(self, noise)
+    return value.detach() + 0.5 * (value - value.detach()), log_volume
 
 
 def test_control_a_wrong_path_is_seen(monkeypatch):

@@ -5,9 +5,11 @@ from pyro_guides.encoders import MLP as MLP
 from pyro_guides.encoders import Standardize as Standardize
 from pyro_guides.export import to_arviz as to_arviz
 from pyro_guides.families import DiagonalNormal as DiagonalNormal
+from pyro_guides.families import Discrete as Discrete
 from pyro_guides.families import Family as Family
 from pyro_guides.families import FullRankNormal as FullRankNormal
 from pyro_guides.families import LowRankNormal as LowRankNormal
+from pyro_guides.families import NormalMixture as NormalMixture
 from pyro_guides.guide import AmortizedGuide as AmortizedGuide
 from pyro_guides.posterior import Posterior as Posterior
 

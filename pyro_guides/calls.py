@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast, final
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 
-from pyro_guides.distributions import Joint, VectorDistribution
-from pyro_guides.distributions.sites import joined
+from pyro_guides.conditional import Conditional
+from pyro_guides.distributions import Alphabet, DiscreteSite, Joint, VectorDistribution, VectorMixture
+from pyro_guides.distributions.sites import Tags, joined, tags_of
+from pyro_guides.enumeration import is_enumerating
+from pyro_guides.families import BoundDiscrete
 from pyro_guides.groups import Group, Masks, masks, piece
 from pyro_guides.network import Network, encode
 from pyro_guides.plates import subsample_indices
@@ -61,22 +66,27 @@ class Call:
         self.values: dict[str, Tensor] = {}
         self.unconstrained: list[Tensor] = []
         self._joints: list[list[Joint]] = []
+        self._tags: list[Tags] = []
         self._contexts: dict[tuple[int, int], Tensor] = {}
 
     def sample(self) -> dict[str, Tensor]:
         """Run one ``pyro.sample`` per latent, group by group; their values by name."""
         for index, part in enumerate(self.network.parts):
             found = self._masks(part.group)
+            if part.group.discrete:
+                self._sample_discrete(index, part.group, found)
+                continue
             joints = self._new_joints(index, part.group, found)
             self._joints.append(joints)
             drawn = [self._sample_joint(joint, part.group, found) for joint in joints]
             self.unconstrained.append(joined(drawn))
+            self._tags.append(frozenset().union(*(joint.tags for joint in joints)))
         return self.values
 
     def place(self, pick: Callable[[VectorDistribution], Tensor]) -> dict[str, Tensor]:
         """Values without sampling: u of each group is what ``pick`` takes from its q."""
         for index, part in enumerate(self.network.parts):
-            u = pick(self.network.distribution(index, *self._parameters(index), None))
+            u = pick(self._conditional(index).distribution())
             self.unconstrained.append(u)
             found = self._masks(part.group)
             for name in part.group.sites:
@@ -85,53 +95,106 @@ class Call:
                 self.values[name] = piece(self.structure.latents[name], found).constrain(own)
         return self.values
 
+    # --- continuous groups
+
     def _new_joints(self, index: int, group: Group, found: Masks) -> list[Joint]:
         """One joint draw for the group, or one per site where the family factorizes."""
-        parameters = self._parameters(index)
-        scored = found.scored
+        conditional = self._conditional(index)
+        tags = self._upstream_tags(index)
         if self.network.family(index).factorized:
             return [
                 Joint(
-                    self.network.site_distribution(index, name, *parameters, scored),
+                    conditional.distribution(found.scored, name),
                     {name: (0, stop - start)},
-                    partial(self._revised, index, name, scored),
+                    partial(self._revised, index, name, found.scored),
+                    tags,
                 )
                 for name, (start, stop) in group.bounds.items()
             ]
         self._check_scales(group)
-        q = self.network.distribution(index, *parameters, scored)
-        return [Joint(q, group.bounds, partial(self._revised, index, None, scored))]
+        q = conditional.distribution(found.scored)
+        if getattr(self.network.family(index), "stratified", False) and is_enumerating(self.structure.depth):
+            q = cast("VectorMixture", q).stratum(self._sample_component(q, group, found))
+        return [Joint(q, group.bounds, partial(self._revised, index, None, found.scored), tags)]
+
+    def _sample_component(self, q: VectorDistribution, group: Group, found: Masks) -> Tensor:
+        """Enumerate which component of a mixture a draw comes from."""
+        component = dist.Categorical(logits=cast("VectorMixture", q).log_weights)
+        infer: Any = {"enumerate": "parallel", "is_auxiliary": True}
+        with self._inside(group.plates, found.shared, self.structure.latents[group.sites[0]].scale):
+            return pyro.sample(f"{group.sites[0]}_component", component, infer=infer)
 
     def _revised(self, index: int, name: str | None, scored: Tensor | None) -> VectorDistribution | None:
         """Q of a group, or of one of its sites, at upstream values that changed since it was drawn."""
+        return self._conditional(index).distribution(scored, name) if self._upstream_changed(index) else None
+
+    def _upstream_changed(self, index: int) -> bool:
         upstream = self.network.parts[index].upstream
         if not any(joint.changed for i in upstream for joint in self._joints[i]):
-            return None
+            return False
         for i in upstream:
-            self.unconstrained[i] = joined([joint.unconstrained() for joint in self._joints[i]])
-        parameters = self._parameters(index)
-        if name is None:
-            return self.network.distribution(index, *parameters, scored)
-        return self.network.site_distribution(index, name, *parameters, scored)
+            if self._joints[i]:
+                self.unconstrained[i] = joined([joint.unconstrained() for joint in self._joints[i]])
+        return True
 
     def _sample_joint(self, joint: Joint, group: Group, found: Masks) -> Tensor:
         for name in joint.bounds:
             self._refresh({name})
             latent = self.structure.latents[name]
             site = joint.site(name, piece(latent, found))
-            with ExitStack() as stack:
-                for plate in group.plates:
-                    stack.enter_context(self.plates[plate])
-                if found.shared is not None:
-                    stack.enter_context(poutine.mask(mask=cast("torch.BoolTensor", found.shared)))
-                if not is_one(latent.scale):
-                    stack.enter_context(poutine.scale(scale=latent.scale))
+            with self._inside(group.plates, found.shared, latent.scale):
                 value = pyro.sample(name, site)
             joint.take(name, value)
             self.values[name] = value
         return joint.settle()
 
-    def _parameters(self, index: int) -> tuple[Tensor, Tensor | None]:
+    # --- discrete groups
+
+    def _sample_discrete(self, index: int, group: Group, found: Masks) -> None:
+        (name,) = group.sites
+        latent = self.structure.latents[name]
+        alphabet = cast("Alphabet", latent.alphabet)
+        conditional = self._conditional(index)
+        mask = found.inner[name][0] if name in found.inner else None
+
+        def revised() -> Any:
+            return self._conditional(index).table(alphabet, mask) if self._upstream_changed(index) else None
+
+        site = DiscreteSite(
+            conditional.table(alphabet, mask),
+            alphabet.dtype,
+            control=conditional.controlled,
+            tags=self._upstream_tags(index),
+            revise=revised,
+        )
+        infer: Any = {}
+        if how := cast("BoundDiscrete", self.network.family(index)).enumerate:
+            is_enumerating(self.structure.depth)  # says what is missing
+            infer = {"enumerate": how}
+        with self._inside(group.plates, found.shared, latent.scale):
+            value = pyro.sample(name, site, infer=infer)
+        self.values[name] = value
+        self.unconstrained.append(latent.unconstrain(detach_provenance(value)))
+        self._joints.append([])
+        self._tags.append(site.tags | tags_of(value))
+
+    # --- what all groups need
+
+    @contextmanager
+    def _inside(
+        self, plates: Sequence[str], mask: Tensor | bool | None, scale: float | Tensor
+    ) -> Iterator[None]:
+        """Enter a group's plates, and its mask and scale where it has some."""
+        with ExitStack() as stack:
+            for plate in plates:
+                stack.enter_context(self.plates[plate])
+            if mask is not None:
+                stack.enter_context(poutine.mask(mask=cast("torch.BoolTensor", mask)))
+            if not is_one(scale):
+                stack.enter_context(poutine.scale(scale=scale))
+            yield
+
+    def _conditional(self, index: int) -> Conditional:
         part = self.network.parts[index]
         context = None
         if part.source is not None and part.encoder is not None:
@@ -150,7 +213,11 @@ class Call:
         upstream = None
         if part.upstream:
             upstream = joined([self.unconstrained[i] for i in part.upstream])
-        return self.network.parameters_of(index, context, upstream, self.indices)
+        return self.network.conditional(index, context, upstream, self.indices)
+
+    def _upstream_tags(self, index: int) -> Tags:
+        upstream = self.network.parts[index].upstream
+        return frozenset().union(*(self._tags[i] for i in upstream))
 
     def _masks(self, group: Group) -> Masks:
         self._refresh(set(group.sites))

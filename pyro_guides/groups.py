@@ -1,7 +1,9 @@
 """Sorts latents into groups that are drawn jointly, and settles what each group gets.
 
-Latents that share their plates form one group. A user who names a site in ``family={"site": ...}`` gives it
-a group of its own; a plate's name addresses all groups inside that plate.
+Continuous latents that share their plates form one group. A user who names a site in
+``family={"site": ...}`` gives it a group of its own; a plate's name addresses all groups inside that plate.
+A discrete latent is a group of its own, too, and continuous ones behind it start a new group, so that they
+can depend on its value.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ class Group:
         sites: their names, in the model's order.
         plates: the plates they share, leftmost dimension first.
         bounds: where each site lies in u: its first element and the one behind its last.
+        discrete: whether it is one discrete latent, whose encoding takes the place of u.
     """
 
     sites: tuple[str, ...]
     plates: tuple[str, ...]
     bounds: Mapping[str, tuple[int, int]]
+    discrete: bool = False
 
     @property
     def size(self) -> int:
@@ -57,9 +61,11 @@ def group_latents(structure: Structure, alone: Sequence[str] = ()) -> list[Group
             "obs= and is not hidden or enumerated"
         )
     members: dict[Any, list[Latent]] = {}
+    discrete_before = 0
     for latent in structure.latents.values():
-        key = (latent.plates, latent.name if latent.name in alone else None)
-        members.setdefault(key, []).append(latent)
+        discrete_before += latent.discrete
+        single = latent.name if latent.discrete or latent.name in alone else None
+        members.setdefault((latent.plates, discrete_before, single), []).append(latent)
     return [_group(latents) for latents in members.values()]
 
 
@@ -68,7 +74,7 @@ def _group(latents: Sequence[Latent]) -> Group:
     for latent in latents:
         bounds[latent.name] = (start, start + latent.size)
         start += latent.size
-    return Group(tuple(bounds), latents[0].plates, bounds)
+    return Group(tuple(bounds), latents[0].plates, bounds, discrete=latents[0].discrete)
 
 
 def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
@@ -152,7 +158,7 @@ def piece(latent: Latent, masks: Masks) -> Piece:
     """How a latent gets from its slice of u to its support in this call."""
     mask, mask_event_dim = masks.inner.get(latent.name, (None, 0))
     return Piece(
-        transform=latent.transform,
+        transform=latent.require_transform(),
         unconstrained_shape=latent.unconstrained_shape,
         support=latent.support,
         event_shape=latent.event_shape,

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from pyro_guides.calls import Call
 from pyro_guides.families import Family, FullRankNormal
-from pyro_guides.groups import lookup
 from pyro_guides.inputs import with_observations
 from pyro_guides.naming import announce, unique_name
 from pyro_guides.network import Network
-from pyro_guides.planning import Plan, build
+from pyro_guides.planning import Plan, build, family_of
 from pyro_guides.plates import differ, open_plate, subsample_indices, user_plates
 from pyro_guides.structure import Memory, Structure
 from pyro_guides.structure.memory import require
@@ -134,8 +133,7 @@ class AmortizedGuide(AutoGuide):
     @property
     def families(self) -> tuple[Family, ...]:
         """The family of each group, once the guide is set up."""
-        chosen = (lookup(self._plan.family, part.group) for part in self.network.parts)
-        return tuple(FullRankNormal() if family is None else family for family in chosen)
+        return tuple(family_of(self._plan.family, part.group) for part in self.network.parts)
 
     @property
     def is_set_up(self) -> bool:
@@ -198,7 +196,7 @@ class AmortizedGuide(AutoGuide):
         """The median of each latent for the given data, in natural shapes.
 
         Groups that depend on upstream values are taken at the upstream medians, which is exact where
-        that dependence is linear.
+        that dependence is linear. Families without closed quantiles take the median of 1,000 draws.
         """
         return self.posterior(*args, **kwargs).median()
 

@@ -14,7 +14,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from pyro_guides.distributions import VectorDistribution
+from pyro_guides.conditional import Conditional, predicted
+from pyro_guides.distributions import ControlVariate
 from pyro_guides.encoders import Standardize
 from pyro_guides.families import BoundFamily
 from pyro_guides.groups import Group
@@ -58,6 +59,9 @@ class Network(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.heads = nn.ModuleList()
         self.families = nn.ModuleList()
+        # For groups with a score function, by position: its control, and the head that predicts costs.
+        self.controls = nn.ModuleDict()
+        self.predictors = nn.ModuleDict()
 
     def family(self, index: int) -> BoundFamily:
         """The family of one group."""
@@ -77,53 +81,38 @@ class Network(nn.Module):
                     "an encoder's input as a float argument, or inputs=...) to serve other rows"
                 )
 
-    def parameters_of(
+    def conditional(
         self,
         index: int,
         context: Tensor | None,
         upstream: Tensor | None,
         indices: Mapping[str, Tensor],
+    ) -> Conditional:
+        """What one group's q depends on, given its context and upstream values."""
+        inputs = (upstream, indices) if context is None else (context, upstream, indices)
+        parameters, twin = self._lambda_and_twin(index, inputs, has_upstream=upstream is not None)
+        key, prediction = str(index), None
+        if key in self.predictors and torch.is_grad_enabled():
+            prediction = predicted(self.predictors[key], inputs)
+        control = cast("ControlVariate", self.controls[key]) if key in self.controls else None
+        bounds = self.parts[index].group.bounds
+        return Conditional(self.family(index), bounds, parameters, twin, control, prediction)
+
+    def _lambda_and_twin(
+        self, index: int, inputs: tuple[Any, ...], *, has_upstream: bool
     ) -> tuple[Tensor, Tensor | None]:
         """λ of one group, and a twin whose only gradient path is the one through upstream values.
 
         The twin is None where there is nothing upstream, or no gradient to take.
         """
         head = self.heads[index]
-        inputs = (upstream, indices) if context is None else (context, upstream, indices)
         parameters: Tensor = head(*inputs)
-        if upstream is None or not torch.is_grad_enabled():
+        if not has_upstream or self.parts[index].group.discrete or not torch.is_grad_enabled():
             return parameters, None
         if torch._C._get_tracing_state():  # functional calls cannot be traced: the ordinary estimator, then
             return parameters, parameters
-        fixed = inputs if context is None else (context.detach(), upstream, indices)
+        fixed = inputs if len(inputs) == 2 else (inputs[0].detach(), *inputs[1:])
         return parameters, held_fixed(head, *fixed)
-
-    def distribution(
-        self, index: int, parameters: Tensor, twin: Tensor | None, scored: Tensor | None
-    ) -> VectorDistribution:
-        """q(u; λ) of one group."""
-        family = self.family(index)
-        q: VectorDistribution = family(parameters, scored)
-        if twin is not None:
-            q.path_twin = family(twin, scored)
-        return q
-
-    def site_distribution(
-        self,
-        index: int,
-        name: str,
-        parameters: Tensor,
-        twin: Tensor | None,
-        scored: Tensor | None,
-    ) -> VectorDistribution:
-        """Q of one site alone, where the group's family factorizes."""
-        family, bounds = self.family(index), self.parts[index].group.bounds[name]
-        if scored is not None:
-            scored = scored[..., slice(*bounds)]
-        q = family.select(parameters, *bounds, scored)
-        if twin is not None:
-            q.path_twin = family.select(twin, *bounds, scored)
-        return q
 
 
 def encode(

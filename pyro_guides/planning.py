@@ -5,21 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from numbers import Real
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.controls import control_variate, is_amortized
 from pyro_guides.encoders import MLP
-from pyro_guides.families import SMALLEST_SCALE, Family, FullRankNormal
+from pyro_guides.families import SMALLEST_SCALE, BoundFamily, Discrete, Family, FullRankNormal
 from pyro_guides.groups import Group, check_keys, group_latents, lookup
 from pyro_guides.heads import AmortizedHead, LearnedHead
 from pyro_guides.inputs import Source, check_finite, find_source
 from pyro_guides.network import Network, Part, encode
-from pyro_guides.structure import Structure, neighbours, read, upstream
+from pyro_guides.structure import Graph, Structure, dependencies, read, upstream
 
-__all__ = ["Plan", "build"]
+__all__ = ["Plan", "build", "family_of"]
 
 
 @final
@@ -65,7 +67,12 @@ def build(
     _check_names(plan, structure)
     alone = [name for name in _keys(plan.family) if name in structure.latents]
     groups = group_latents(structure, alone)
-    links = _links(plan, groups, model, args, kwargs)
+
+    @cache
+    def graph() -> Graph:
+        return dependencies(model, args, kwargs)
+
+    links = _links(plan, groups, graph)
     sources = _sources(plan, groups, structure, args, kwargs)
     encoders: list[nn.Module] = []
     parts: list[Part] = []
@@ -77,7 +84,10 @@ def build(
     # A rehearsal on copies: lazy layers of the user's encoders must not keep what a bad input left there.
     contexts = _contexts(parts, copy.deepcopy(encoders), structure, args, kwargs)
     for part, loc in zip(parts, locs, strict=True):
-        _add_head(network, part, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+        family = _bind(family_of(plan.family, part.group), part.group, structure)
+        family.to(loc.device, loc.dtype)
+        _add_head(network, part, family, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+    _add_controls(network, structure, graph)
     _contexts(parts, encoders, structure, args, kwargs)
     return network, structure
 
@@ -85,19 +95,20 @@ def build(
 def _add_head(
     network: Network,
     part: Part,
+    family: BoundFamily,
     loc: Tensor,
     upstream_locs: list[Tensor],
     contexts: Mapping[tuple[int, int], Tensor],
     structure: Structure,
     plan: Plan,
 ) -> None:
-    family = (lookup(plan.family, part.group) or FullRankNormal()).bind(part.group.size)
     origin = torch.cat([_mean(x) for x in upstream_locs]) if upstream_locs else loc.new_zeros(0)
     plates = structure.plates_of(part.group.plates)
-    head: nn.Module
+    new_head: Callable[..., nn.Module]
     if part.source is None or part.encoder is None:
         initial = family.initial(_to_full_size(loc, part.group, structure), plan.init_scale)
-        head = LearnedHead(initial, origin, {plate.name: plate.dim for plate in plates})
+        dims = {plate.name: plate.dim for plate in plates}
+        new_head = partial(LearnedHead, origin=origin, dims=dims)
     else:
         context = contexts[part.encoder, id(part.source)]
         _check_dtype(part, loc, context)
@@ -107,9 +118,38 @@ def _add_head(
             if plate.name not in part.source.plates
         }
         initial = family.initial(_mean(loc), plan.init_scale)
-        head = AmortizedHead(context.shape[-1], initial, origin, lacking)
-    network.heads.append(head)
+        new_head = partial(AmortizedHead, context_size=context.shape[-1], origin=origin, lacking=lacking)
+    if is_amortized(family, part.group):
+        network.predictors[str(len(network.heads))] = new_head(initial=torch.zeros_like(initial[..., :1]))
+    network.heads.append(new_head(initial=initial))
     network.families.append(family)
+
+
+def _add_controls(network: Network, structure: Structure, graph: Callable[[], Graph]) -> None:
+    for index in range(len(network.parts)):
+        control = control_variate(network.family(index), index, network.parts, structure, graph)
+        if control is not None:
+            network.controls[str(index)] = control.to(next(network.heads[index].parameters()).device)
+
+
+def family_of(choice: Family | Mapping[str, Family], group: Group) -> Family:
+    """The family that a user's choice gives a group; a choice for all is one for continuous groups."""
+    named = isinstance(choice, Mapping) and any(name in choice for name in group.sites)
+    family = lookup(choice, group)
+    if group.discrete and not named and not isinstance(family, Discrete):
+        return Discrete()
+    return FullRankNormal() if family is None else family
+
+
+def _bind(family: Family, group: Group, structure: Structure) -> BoundFamily:
+    alphabet = structure.latents[group.sites[0]].alphabet
+    if alphabet is None:
+        return family.bind(group.size)
+    if not isinstance(family, Discrete):
+        raise ValueError(
+            f"{group} is discrete, but its family is {family}; give it Discrete(), or leave it out"
+        )
+    return family.bind_to(alphabet)
 
 
 def _contexts(
@@ -219,14 +259,12 @@ def _encoder(plan: Plan, group: Group, source: Source, encoders: list[nn.Module]
 def _links(
     plan: Plan,
     groups: list[Group],
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    graph: Callable[[], Graph],
 ) -> list[tuple[int, ...]]:
     """For each group, the earlier groups its λ depends on: relevant ones, in plates it shares."""
     if len(groups) == 1 or not plan.condition_on_upstream:
         return [()] * len(groups)
-    relevant = upstream([group.sites for group in groups], neighbours(model, args, kwargs))
+    relevant = upstream([group.sites for group in groups], graph().neighbours)
     return [
         tuple(i for i in sorted(links) if set(groups[i].plates) <= set(group.plates))
         for group, links in zip(groups, relevant, strict=True)
@@ -239,9 +277,11 @@ def _initial_loc(group: Group, structure: Structure) -> Tensor:
     parts = []
     for name in group.sites:
         latent = structure.latents[name]
-        value = structure.values[name]
-        u = latent.transform.inv(value)
-        u = u.reshape(*u.shape[: u.dim() - len(latent.unconstrained_shape)], latent.size)
+        if latent.alphabet is not None:
+            count = 2 if latent.alphabet.kind == "boolean" else latent.alphabet.count
+            parts.append(torch.full((*batch, latent.size), 1.0 / count))
+            continue
+        u = latent.unconstrain(structure.values[name])
         if not bool(u.isfinite().all()):
             raise ValueError(
                 f"init_loc_fn starts site '{name}' at a value on the edge of its support "

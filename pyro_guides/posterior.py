@@ -110,17 +110,20 @@ class Posterior:
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of the draws of each latent, in its natural shape."""
-        return {name: draws.mean(0) for name, draws in self.draws.items()}
+        return {name: _floating(draws).mean(0) for name, draws in self.draws.items()}
 
     def sd(self) -> dict[str, Tensor]:
         """The standard deviation of the draws of each latent, in its natural shape."""
         if self.num_draws < 2:
             raise ValueError("a standard deviation needs at least 2 draws; ask for more num_draws")
-        return {name: draws.std(0) for name, draws in self.draws.items()}
+        return {name: _floating(draws).std(0) for name, draws in self.draws.items()}
 
     def median(self) -> dict[str, Tensor]:
         """The median of each latent, in its natural shape; see ``AmortizedGuide.median``."""
-        return self._place(torch.tensor(0.5))
+        network = self.guide.network
+        if all(network.family(index).has_quantiles for index in range(len(network.parts))):
+            return self._place(torch.tensor(0.5))
+        return {name: values[0] for name, values in self.quantiles([0.5]).items()}
 
     def quantiles(self, probabilities: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """Marginal quantiles of each latent, ``(len(probabilities), *natural shape)``.
@@ -135,7 +138,7 @@ class Posterior:
         if levels.dim() != 1 or not len(levels) or not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles must be a list of numbers from 0 to 1, got {probabilities}")
         if not self._has_closed_quantiles():
-            return {n: torch.quantile(x, levels.to(x), dim=0) for n, x in self.draws.items()}
+            return {n: _quantiles(x, levels) for n, x in self.draws.items()}
         placed = [self._place(level) for level in levels]
         return {name: torch.stack([values[name] for values in placed]) for name in placed[0]}
 
@@ -318,13 +321,24 @@ class Posterior:
         ) and all(map(_is_increasing, self.structure.latents.values()))
 
 
+def _floating(draws: Tensor) -> Tensor:
+    return draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())
+
+
+def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
+    """Empirical quantiles; of discrete values those that occur."""
+    how = "linear" if draws.is_floating_point() else "nearest"
+    values = _floating(draws)
+    return torch.quantile(values, levels.to(values), dim=0, interpolation=how).to(draws.dtype)
+
+
 def _value(trace: Trace, name: str) -> Tensor:
     return cast("Tensor", trace.nodes[name]["value"])
 
 
 def _is_increasing(latent: Latent) -> bool:
     """Whether each value is an increasing function of one unconstrained value."""
-    transform = strip_independent(latent.transform)
+    transform = strip_independent(latent.require_transform())
     try:
         return transform.codomain.event_dim == 0 and transform.sign == 1
     except NotImplementedError:

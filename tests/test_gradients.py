@@ -347,8 +347,8 @@ def blind(self, context, upstream, indices, forward=AmortizedHead.forward):
     return forward(self, context.detach(), upstream, indices)
 
 
-def cut(self, index, *inputs, parameters_of=Network.parameters_of):
-    return parameters_of(self, index, *inputs)[0], None
+def cut(self, index, inputs, parameters_of=Network._lambda_and_twin, **options):
+    return parameters_of(self, index, inputs, **options)[0], None
 
 
 def half(self, noise, push=VectorNormal.push):
@@ -372,7 +372,7 @@ def test_control_an_encoder_without_gradient_is_seen(monkeypatch):
 
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"),
-    [(VectorNormal, "slope", lambda self, noise: torch.zeros_like(noise)), (Network, "parameters_of", cut)],
+    [(VectorNormal, "slope", lambda self, noise: torch.zeros_like(noise)), (Network, "_lambda_and_twin", cut)],
     ids=["no slope", "no path through upstream values"],
 )
 def test_control_a_wrong_landing_is_seen(owner, name, wrong, monkeypatch):

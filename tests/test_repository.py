@@ -22,12 +22,33 @@ ARROWS = {
     "encoders": {"layers"},
     "heads": {"layers"},
     "families": {"distributions"},
+    "enumeration": set(),
+    "conditional": {"distributions", "families", "heads"},
     "inputs": {"structure"},
     "plates": {"structure"},
     "groups": {"distributions", "structure"},
-    "network": {"distributions", "encoders", "families", "groups", "heads", "inputs", "structure"},
-    "planning": {"encoders", "families", "groups", "heads", "inputs", "network", "structure"},
-    "calls": {"distributions", "groups", "network", "plates", "structure"},
+    "network": {
+        "conditional",
+        "distributions",
+        "encoders",
+        "families",
+        "groups",
+        "heads",
+        "inputs",
+        "structure",
+    },
+    "controls": {"distributions", "families", "groups", "network", "structure"},
+    "planning": {"controls", "encoders", "families", "groups", "heads", "inputs", "network", "structure"},
+    "calls": {
+        "conditional",
+        "distributions",
+        "enumeration",
+        "families",
+        "groups",
+        "network",
+        "plates",
+        "structure",
+    },
     "scoring": set(),
     "posterior": {"distributions", "scoring", "structure"},
     "guide": {
@@ -50,7 +71,7 @@ LAZY_ARROWS = {"guide": {"posterior"}}
 NO_TORCH = {"export"}  # it turns NumPy arrays into ArviZ objects
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec"}
-OPTIONAL_PACKAGES = {"arviz", "lightning", "matplotlib", "pandas", "sklearn"}
+OPTIONAL_PACKAGES = {"arviz", "lightning", "matplotlib", "pandas", "sklearn", "zuko"}
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_guides import AmortizedGuide
-from pyro_guides.structure import live_sites, neighbours, random_subset, read, signature, upstream
+from pyro_guides.structure import dependencies, live_sites, random_subset, read, signature, upstream
 
 N = 6
 X = torch.randn(N, generator=torch.Generator().manual_seed(1))
@@ -362,7 +362,7 @@ GRAPHS = {  # model -> neighbours, and earlier groups that a, b, c depend on
 @pytest.mark.parametrize("model", GRAPHS, ids=lambda model: model.__name__)
 def test_neighbours_and_upstream(model):
     graph, links = GRAPHS[model]
-    found = neighbours(model, (), {})
+    found = dependencies(model, (), {}).neighbours
     assert found == graph
     assert upstream([["a"], ["b"], ["c"]], found) == links
     assert _PYRO_STACK == []

@@ -5,18 +5,22 @@ the draw into slices, one :class:`SiteDistribution` per site maps its slice to t
 site scores its own Jacobian; the last one also scores log q of the whole group, at the values that the
 sites really took. Replayed, conditioned and detached values are therefore scored exactly, and a group of
 one site needs no special treatment: its only site is the last one.
+
+Where q is not fully reparameterized, the *first* site carries the score function. ``TraceGraph_ELBO`` tags
+what such a site returns, and charges it with the costs that carry its tag; so the other slices, everything
+that is drawn given them, and all their densities take the tag over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, ClassVar, cast, final
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
-from pyro.ops.provenance import detach_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -24,9 +28,12 @@ from torch.distributions.transforms import Transform
 
 from pyro_guides.distributions.scales import broadcast
 from pyro_guides.distributions.transforms import is_identity, strip_independent
-from pyro_guides.distributions.vector import Mark, Shape, VectorDistribution, score_parts
+from pyro_guides.distributions.vector import Mark, Shape, VectorDistribution
 
-__all__ = ["Joint", "Piece", "SiteDistribution", "joined"]
+__all__ = ["Joint", "Piece", "SiteDistribution", "Tags", "joined", "tagged", "tags_of"]
+
+# Names of the sites that a value was drawn from without full reparameterization; empty but under TraceGraph.
+Tags = frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,7 @@ class Joint:
     Args:
         distribution: q(u; λ).
         bounds: where each site's slice of u starts and stops, in order; the last site scores q.
+        tags: those of the upstream values that λ depends on.
         revise: q at the values that upstream sites have by now, if these changed since the draw (Pyro's
             wake phase detaches a trace before it scores it); None if they did not.
     """
@@ -90,16 +98,20 @@ class Joint:
         distribution: VectorDistribution,
         bounds: Mapping[str, tuple[int, int]],
         revise: Callable[[], VectorDistribution | None] = lambda: None,
+        tags: Tags = frozenset(),
     ) -> None:
         self.distribution = distribution
         self.bounds = bounds
         self.revise = revise
-        self.last = list(bounds)[-1]
+        self.tags = tags
+        self.first, *_ = bounds
+        *_, self.last = bounds
         self._pieces: dict[str, Piece] = {}
         self._draw: Tensor | None = None
         self._drawn: dict[str, Mark] = {}
         self._values: dict[str, Tensor] = {}
         self._settled: dict[str, Tensor] = {}
+        self._parts: tuple[Tensor, ScoreParts] | None = None
 
     def site(self, name: str, piece: Piece) -> SiteDistribution:
         """The distribution that ``pyro.sample(name, ...)`` takes."""
@@ -115,13 +127,15 @@ class Joint:
         if self._draw is None:
             self._draw = self.distribution()
         value = self._pieces[name].constrain(self._slice(self._draw, name))
+        self.tags |= tags_of(value)  # a support may depend on tagged values
+        value = detach_provenance(value)
         self._drawn[name] = Mark(value)
-        return value
+        return tagged(value, self.tags)
 
     def take(self, name: str, value: Tensor) -> Tensor:
         """Note the value that a site took, and return its unconstrained slice ``(..., size)``."""
-        value = detach_provenance(value)
-        self._values[name] = value
+        self.tags |= tags_of(value)
+        self._values[name] = detach_provenance(value)
         return self._unconstrained(name)
 
     def settle(self) -> Tensor:
@@ -137,6 +151,13 @@ class Joint:
     def scored(self) -> VectorDistribution:
         """Return q as it is to be scored now."""
         return self.revise() or self.distribution
+
+    def score_parts(self) -> ScoreParts:
+        """Log q of the whole group at the values its sites took, with its gradient estimator."""
+        u = self.unconstrained()
+        if self._parts is None or self._parts[0] is not u:
+            self._parts = (u, self.scored().score_parts(u))
+        return self._parts[1]
 
     def unconstrained(self) -> Tensor:
         """Values u of the whole group at the values its sites took, ``(..., D)``."""
@@ -165,6 +186,16 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], dim=-1)
 
 
+def tags_of(value: Tensor) -> Tags:
+    """The tags of a value that ``pyro.sample`` returned."""
+    return frozenset() if type(value) is Tensor else get_provenance(value)
+
+
+def tagged(value: Tensor, tags: Tags) -> Tensor:
+    """The same value with more tags."""
+    return track_provenance(value, tags) if tags else value
+
+
 @final
 class SiteDistribution(TorchDistribution):
     """One site's share of a :class:`Joint`: its slice of the draw, constrained.
@@ -183,8 +214,8 @@ class SiteDistribution(TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether draws carry gradients, as the group's distribution says."""
-        return self.joint.distribution.has_rsample
+        """Whether the site needs no score function: all but the first leave that to the first."""
+        return self.joint.distribution.has_rsample or self.name != self.joint.first
 
     @constraints.dependent_property
     def support(self) -> Constraint:
@@ -198,6 +229,10 @@ class SiteDistribution(TorchDistribution):
         self.joint.expand(torch.Size(batch_shape))
         return SiteDistribution(self.joint, self.name, self.piece, torch.Size(batch_shape))
 
+    def __call__(self, sample_shape: Shape = ()) -> Tensor:
+        """What ``pyro.sample`` calls: draws carry their gradients even if these are not all there is."""
+        return self.rsample(sample_shape)
+
     def rsample(self, sample_shape: Shape = ()) -> Tensor:
         """The site's part of the joint draw."""
         if sample_shape:
@@ -210,31 +245,32 @@ class SiteDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """The site's share of the group's log density, ``(*batch_shape)``."""
         if self._scores_q_alone(value):
-            return self.joint.scored().log_prob(self.joint.unconstrained())
-        jacobian = self._log_jacobian(value)
-        if not self._is_last:
-            return -jacobian
-        return self.joint.scored().log_prob(self.joint.unconstrained()) - jacobian
+            return tagged(self.joint.scored().log_prob(self.joint.unconstrained()), self.joint.tags)
+        log_prob = -self._log_jacobian(value)
+        if self.name == self.joint.last:
+            log_prob = log_prob + self.joint.scored().log_prob(self.joint.unconstrained())
+        return tagged(log_prob, self.joint.tags)
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """As :meth:`log_prob`, with the gradient estimator of the group's distribution."""
-        if self._scores_q_alone(value):
-            return self.joint.scored().score_parts(self.joint.unconstrained())
-        jacobian = self._log_jacobian(value)
-        if not self._is_last:
-            return score_parts(-jacobian, -jacobian)
-        parts = self.joint.scored().score_parts(self.joint.unconstrained())
-        return ScoreParts(parts.log_prob - jacobian, parts.score_function, parts.entropy_term - jacobian)
-
-    @property
-    def _is_last(self) -> bool:
-        return self.name == self.joint.last
+        alone = self._scores_q_alone(value)
+        jacobian = 0.0 if alone else self._log_jacobian(value)
+        score_function: Any = 0.0
+        if not self.has_rsample:
+            score_function = self.joint.score_parts().score_function
+        if self.name == self.joint.last:
+            parts = self.joint.score_parts()
+            log_prob = parts.log_prob if alone else parts.log_prob - jacobian
+            entropy_term = parts.entropy_term if alone else parts.entropy_term - jacobian
+        else:
+            log_prob = entropy_term = -cast("Tensor", jacobian)
+        return ScoreParts(tagged(log_prob, self.joint.tags), score_function, entropy_term)
 
     def _scores_q_alone(self, value: Tensor) -> bool:
         """Note the value; True if its Jacobian is one and the site scores q, which then is all there is."""
         self.joint.take(self.name, value)
         whole = value.shape == self.batch_shape + self.event_shape
-        return whole and self._is_last and is_identity(self.piece.transform)
+        return whole and self.name == self.joint.last and is_identity(self.piece.transform)
 
     def _log_jacobian(self, value: Tensor) -> Tensor:
         u = self.joint.take(self.name, value)

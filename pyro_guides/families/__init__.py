@@ -2,9 +2,24 @@
 
 from pyro_guides.families.base import BoundFamily as BoundFamily
 from pyro_guides.families.base import Family as Family
+from pyro_guides.families.discrete import BoundDiscrete as BoundDiscrete
+from pyro_guides.families.discrete import Discrete as Discrete
+from pyro_guides.families.mixture import BoundMixture as BoundMixture
+from pyro_guides.families.mixture import NormalMixture as NormalMixture
 from pyro_guides.families.normal import SMALLEST_SCALE as SMALLEST_SCALE
 from pyro_guides.families.normal import DiagonalNormal as DiagonalNormal
 from pyro_guides.families.normal import FullRankNormal as FullRankNormal
 from pyro_guides.families.normal import LowRankNormal as LowRankNormal
 
-__all__ = ["SMALLEST_SCALE", "BoundFamily", "DiagonalNormal", "Family", "FullRankNormal", "LowRankNormal"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "BoundDiscrete",
+    "BoundFamily",
+    "BoundMixture",
+    "DiagonalNormal",
+    "Discrete",
+    "Family",
+    "FullRankNormal",
+    "LowRankNormal",
+    "NormalMixture",
+]

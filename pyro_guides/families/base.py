@@ -9,12 +9,18 @@ whether λ is learned, amortized by an encoder or refined for one datum, nor wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from pyro_guides.distributions import VectorDistribution
 
-__all__ = ["BoundFamily", "Family"]
+__all__ = ["BASELINES", "Baseline", "BoundFamily", "Family", "check_choice", "check_count"]
+
+# What takes the noise out of a score function, where a family has one.
+Baseline = Literal["auto", "amortized", "leave_one_out", "running_mean"] | None
+BASELINES = ("auto", "amortized", "leave_one_out", "running_mean", None)
 
 
 class Family(ABC):
@@ -36,12 +42,14 @@ class BoundFamily(nn.Module, ABC):
         factorized: whether the elements of u are independent given λ; then each site of a group can
             be drawn, scaled and masked on its own.
         has_quantiles: whether the distribution has ``quantile(probability)`` for each element of u.
+        baseline: what controls the noise of its score function; None for families without one.
     """
 
     size: int
     width: int
     factorized: bool = False
     has_quantiles: bool = False
+    baseline: Baseline = None
 
     @abstractmethod
     def initial(self, loc: Tensor, scale: float) -> Tensor:
@@ -62,3 +70,17 @@ class BoundFamily(nn.Module, ABC):
     ) -> VectorDistribution:
         """The marginal of elements ``start:stop`` of u, for factorized families only."""
         raise NotImplementedError(f"{type(self).__name__} does not factorize over u")
+
+
+def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise a ValueError unless ``value`` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{family}: {argument} must be one of {list(choices)}, got {value!r}")
+
+
+def check_count(family: str, argument: str, value: Any, least: int, instead: str) -> None:
+    """Raise a TypeError or ValueError unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{family}: {argument} must be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"{family}: {argument} must be at least {least}, got {value}; {instead}")

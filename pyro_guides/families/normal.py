@@ -18,7 +18,7 @@ from pyro_guides.distributions import (
     Scale,
     VectorNormal,
 )
-from pyro_guides.families.base import BoundFamily, Family
+from pyro_guides.families.base import BoundFamily, Family, check_count
 
 __all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 
@@ -109,13 +109,7 @@ class LowRankNormal(Family):
     stick_the_landing: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int):
-            raise TypeError(f"LowRankNormal: rank must be an int, got {self.rank!r}")
-        if self.rank < 1:
-            raise ValueError(
-                f"LowRankNormal: rank must be at least 1, got {self.rank}; "
-                "for no correlation use DiagonalNormal()"
-            )
+        check_count("LowRankNormal", "rank", self.rank, 1, "for no correlation use DiagonalNormal()")
 
     def bind(self, size: int) -> BoundFamily:
         rank = min(self.rank, size)

@@ -1,8 +1,9 @@
 """What a guide knows about a model."""
 
 from pyro_guides.structure.changes import signature as signature
+from pyro_guides.structure.dependencies import Graph as Graph
+from pyro_guides.structure.dependencies import dependencies as dependencies
 from pyro_guides.structure.dependencies import live_sites as live_sites
-from pyro_guides.structure.dependencies import neighbours as neighbours
 from pyro_guides.structure.dependencies import upstream as upstream
 from pyro_guides.structure.description import Latent as Latent
 from pyro_guides.structure.description import Observed as Observed
@@ -14,14 +15,15 @@ from pyro_guides.structure.reading import random_subset as random_subset
 from pyro_guides.structure.reading import read as read
 
 __all__ = [
+    "Graph",
     "Latent",
     "Memory",
     "Observed",
     "Plate",
     "Structure",
+    "dependencies",
     "is_one",
     "live_sites",
-    "neighbours",
     "random_subset",
     "read",
     "signature",

@@ -10,8 +10,9 @@ Source: Stefan Webb et al., "Faithful Inversion of Generative Models for Effecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import pyro
 import torch
@@ -22,25 +23,57 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-__all__ = ["live_sites", "neighbours", "upstream"]
+__all__ = ["Graph", "dependencies", "live_sites", "upstream"]
 
 
-def neighbours(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, set[str]]:
-    """For each latent, the latents it shares a factor of the posterior with."""
+@final
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """How the sites of a model depend on each other.
+
+    Attributes:
+        neighbours: for each latent, the latents it shares a factor of the posterior with.
+        children: for each latent, the latent and observed sites whose distribution it decides about.
+    """
+
+    neighbours: Mapping[str, set[str]]
+    children: Mapping[str, set[str]]
+
+    def descendants(self, names: Collection[str]) -> set[str]:
+        """The named sites and all that depend on them, however indirectly.
+
+        Example:
+            >>> sorted(Graph({}, {"a": {"b"}, "b": {"x"}}).descendants(["a"]))
+            ['a', 'b', 'x']
+        """
+        reached, waiting = set(names), list(names)
+        while waiting:
+            new = self.children.get(waiting.pop(), set()) - reached
+            reached |= new
+            waiting += new
+        return reached
+
+
+def dependencies(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
+    """Run the model and find out which sites depend on which."""
     with poutine.block():
-        found: Any = get_dependencies(model, args, kwargs)["posterior_dependencies"]
-    graph: dict[str, set[str]] = {name: set() for name in found}
-    for name, others in found.items():
+        found: Any = get_dependencies(model, args, kwargs)
+    shared = found["posterior_dependencies"]
+    neighbours: dict[str, set[str]] = {name: set() for name in shared}
+    for name, others in shared.items():
         for other in others:
-            if other in graph and other != name:
-                graph[name].add(other)
-                graph[other].add(name)
-    return graph
+            if other in neighbours and other != name:
+                neighbours[name].add(other)
+                neighbours[other].add(name)
+    children: dict[str, set[str]] = {name: set() for name in shared}
+    for child, parents in found["prior_dependencies"].items():
+        for parent in parents:
+            if parent in children and parent != child:
+                children[parent].add(child)
+    return Graph(neighbours, children)
 
 
-def upstream(groups: Sequence[Sequence[str]], graph: dict[str, set[str]]) -> list[set[int]]:
+def upstream(groups: Sequence[Sequence[str]], graph: Mapping[str, set[str]]) -> list[set[int]]:
     """For each group of sites, the earlier groups that it depends on given all earlier ones.
 
     Example:
@@ -52,7 +85,9 @@ def upstream(groups: Sequence[Sequence[str]], graph: dict[str, set[str]]) -> lis
     return [_reached(group, index, owner, graph) for index, group in enumerate(groups)]
 
 
-def _reached(group: Sequence[str], index: int, owner: dict[str, int], graph: dict[str, set[str]]) -> set[int]:
+def _reached(
+    group: Sequence[str], index: int, owner: dict[str, int], graph: Mapping[str, set[str]]
+) -> set[int]:
     seen: set[str] = set(group)
     waiting = list(group)
     reached = set()

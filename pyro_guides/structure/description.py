@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import Transform
 
+from pyro_guides.distributions import Alphabet
 from pyro_guides.distributions.transforms import is_fixed
 
 __all__ = ["Latent", "Observed", "Plate", "Structure", "is_one"]
@@ -51,15 +52,16 @@ class Plate:
 @final
 @dataclass(frozen=True, eq=False)
 class Latent:
-    """A continuous latent site.
+    """A latent site.
 
     Attributes:
         name: its name.
         plates: the names of its plates, leftmost dimension first.
         support: its constrained support.
-        transform: the bijection from unconstrained values to the support.
+        transform: the bijection from unconstrained values to the support; None for a discrete site.
+        alphabet: the values of a discrete site; None for a continuous one.
         event_shape: the shape of one constrained value.
-        unconstrained_shape: the shape of one unconstrained value.
+        unconstrained_shape: the shape of one unconstrained value; of the encoding of a discrete one.
         mask: the model's mask on it, broadcast over the plates; None if there is none.
         inner_mask: a mask inside its distribution, below ``to_event``, and
         inner_mask_dim: how many of that mask's dimensions belong to the event.
@@ -69,7 +71,8 @@ class Latent:
     name: str
     plates: tuple[str, ...]
     support: Constraint
-    transform: Transform
+    transform: Transform | None
+    alphabet: Alphabet | None
     event_shape: torch.Size
     unconstrained_shape: torch.Size
     mask: Tensor | bool | None
@@ -81,6 +84,28 @@ class Latent:
     def size(self) -> int:
         """How many unconstrained values one plate element has."""
         return self.unconstrained_shape.numel()
+
+    @property
+    def discrete(self) -> bool:
+        """Whether the site is discrete."""
+        return self.alphabet is not None
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        """The unconstrained value, or the encoding, of a value: ``(*batch, size)``."""
+        if self.alphabet is not None:
+            return self.alphabet.encode(value, torch.get_default_dtype())
+        u: Tensor = self.require_transform().inv(value)
+        return u.reshape(*u.shape[: u.dim() - len(self.unconstrained_shape)], self.size)
+
+    def require_transform(self) -> Transform:
+        """The bijection of a continuous site.
+
+        Raises:
+            TypeError: the site is discrete.
+        """
+        if self.transform is None:
+            raise TypeError(f"site '{self.name}' is discrete")
+        return self.transform
 
     @property
     def fixed(self) -> bool:

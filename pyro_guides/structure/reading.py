@@ -21,6 +21,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from pyro_guides.distributions.discrete import LARGEST_COUNT, alphabet
 from pyro_guides.distributions.transforms import bijection
 from pyro_guides.structure.changes import EscapeDetector, outer_dims
 from pyro_guides.structure.description import Latent, Observed, Plate, Structure
@@ -73,8 +74,14 @@ def read(
 
 
 def feasible_value(site: dict[str, Any]) -> Tensor:
-    """A value inside the support that costs no random number: the image of zero."""
+    """A value inside the support that costs no random number: the image of zero, or the first value."""
     fn = site["fn"]
+    values = alphabet(fn)
+    if values is not None:
+        first = torch.zeros(fn.batch_shape + fn.event_shape, dtype=values.dtype, device=_device(fn))
+        if values.kind == "one_hot":
+            first[..., 0] = 1
+        return first
     try:
         transform = bijection(fn.support)
     except NotImplementedError:
@@ -82,6 +89,10 @@ def feasible_value(site: dict[str, Any]) -> Tensor:
     shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     like = next(_parameters(fn), torch.zeros(()))
     return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
+
+
+def _device(fn: Distribution) -> torch.device:
+    return next(_parameters(fn), torch.zeros(())).device
 
 
 def _parameters(fn: Distribution) -> Iterator[Tensor]:
@@ -163,7 +174,10 @@ class _Reader(Messenger):
         elif not msg["is_observed"] and msg["value"] is None and not _is_left_to_model(msg):
             _check_support(msg)
             value = self.given.get(msg["name"])
-            msg["value"] = self.escapes.ignoring(self.init, msg) if value is None else value
+            if value is None:
+                init = feasible_value if msg["fn"].support.is_discrete else self.init
+                value = self.escapes.ignoring(init, msg)
+            msg["value"] = value
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if _is_subsample(msg):
@@ -178,7 +192,9 @@ class _Reader(Messenger):
             self.observed[name] = Observed(name, plates, self._argument(msg["value"]))
             return
         self.weighted = self.weighted or self._is_weighted()
-        self.latents[name] = _describe(msg, plates, [self.plates[plate] for plate in plates])
+        self.latents[name] = self.escapes.ignoring(
+            _describe, msg, plates, [self.plates[plate] for plate in plates]
+        )
         self.values[name] = msg["value"]
         if self.waiting is not None:
             self.waiting.discard(name)
@@ -231,12 +247,16 @@ class _Reader(Messenger):
 def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) -> Latent:
     fn = msg["fn"]
     _check_batch_shape(msg, plates)
-    transform = bijection(fn.support)
+    values, transform = alphabet(fn), None
+    if values is None:
+        transform = bijection(fn.support)
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)[len(fn.batch_shape) :]
+    else:
+        shape = values.shape
     scale = msg["scale"]
     for plate in plates:
         scale = scale / plate.scale
     mask = None if msg["mask"] is True else msg["mask"]
-    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
     inner_mask, inner_mask_dim = _inner_mask(fn)
     if inner_mask is not None and inner_mask_dim == 0:  # masks whole elements, like poutine.mask
         mask = inner_mask if mask is None else inner_mask & mask
@@ -246,8 +266,9 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
         plates=names,
         support=fn.support,
         transform=transform,
+        alphabet=values,
         event_shape=fn.event_shape,
-        unconstrained_shape=torch.Size(shape[len(fn.batch_shape) :]),
+        unconstrained_shape=torch.Size(shape),
         mask=mask,
         inner_mask=inner_mask,
         inner_mask_dim=inner_mask_dim,
@@ -287,14 +308,16 @@ def _is_left_to_model(msg: dict[str, Any]) -> bool:
 
 def _check_support(msg: dict[str, Any]) -> None:
     name, support = msg["name"], msg["fn"].support
+    if alphabet(msg["fn"]) is not None:
+        return
     try:
         bijection(support)
     except NotImplementedError:
         if support.is_discrete:
             hint = (
-                f"is discrete: sum it out under TraceEnum_ELBO by marking it with infer={{'enumerate': "
-                f"'parallel'}} (see https://pyro.ai/examples/enumeration.html), or hide it with "
-                f"AmortizedGuide(poutine.block(model, hide=['{name}']))"
+                f"is discrete with the support {support}, which is no list of at most {LARGEST_COUNT} values "
+                "from zero: truncate a count (to a Categorical or Binomial), sum the site out analytically, "
+                f"or hide it with AmortizedGuide(poutine.block(model, hide=['{name}']))"
             )
         elif "sphere" in repr(support).lower():
             hint = (

@@ -1,0 +1,125 @@
+"""Mixtures of normals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from pyro_guides.distributions import VectorMixture
+from pyro_guides.families.base import (
+    BASELINES,
+    Baseline,
+    BoundFamily,
+    Family,
+    check_choice,
+    check_count,
+)
+from pyro_guides.families.normal import DiagonalNormal, FullRankNormal
+
+__all__ = ["BoundMixture", "NormalMixture"]
+
+_COVARIANCES = {"full": FullRankNormal, "diagonal": DiagonalNormal}
+
+
+@final
+@dataclass(frozen=True)
+class NormalMixture(Family):
+    r"""A mixture of normals: :math:`q(u) = \sum_k \pi_k N(u; \mu_k, \Sigma_k)`.
+
+    For posteriors with several modes, heavy tails or banana shapes. λ = (logits of π, λ of each
+    component), so that weights, too, are a function of the datum. Components start apart, because equal
+    ones would stay equal.
+
+    Draws carry gradients for the components; the weights get a score function whose noise a baseline
+    takes out, so the guide works under ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceEnum_ELBO``.
+
+    Args:
+        components: K, at least 1.
+        covariance: "full", or "diagonal" within each component.
+        learn_weights: whether π is learned; otherwise each weighs 1/K, and draws are fully
+            reparameterized.
+        spread: how far apart the components start: the standard deviation of their means, in units of
+            unconstrained space (a normal prior of scale 1 has 1).
+        baseline: as in :class:`~pyro_guides.Discrete`.
+        stratified: under ``TraceEnum_ELBO``, draw every component and weight it by π. Less noise, for K
+            times the cost of the model, which must broadcast over a dimension on the left.
+        stick_the_landing: see :class:`DiagonalNormal`.
+
+    Raises:
+        TypeError: ``components`` is no int.
+        ValueError: ``components`` is less than 1, ``spread`` is not positive, or an unknown
+            ``covariance`` or ``baseline``.
+
+    Source: Christopher M. Bishop, Neil D. Lawrence, Tommi Jaakkola, Michael I. Jordan, "Approximating
+    Posterior Distributions in Belief Networks Using Mixtures", NeurIPS 1997; Warren Morningstar et al.,
+    "Automatic Differentiation Variational Inference with Mixtures", 2021, arXiv:2003.01687.
+
+    Example:
+        >>> import torch
+        >>> q = NormalMixture(3).bind(2)
+        >>> q(q.initial(torch.zeros(5, 2), 0.1)).sample((4,)).shape
+        torch.Size([4, 5, 2])
+    """
+
+    components: int
+    covariance: Literal["full", "diagonal"] = "full"
+    learn_weights: bool = True
+    spread: float = 1.0
+    baseline: Baseline = "auto"
+    stratified: bool = False
+    stick_the_landing: bool = True
+
+    def __post_init__(self) -> None:
+        check_count("NormalMixture", "components", self.components, 1, "one normal is FullRankNormal()")
+        check_choice("NormalMixture", "covariance", self.covariance, list(_COVARIANCES))
+        check_choice("NormalMixture", "baseline", self.baseline, BASELINES)
+        if not 0.0 < self.spread < float("inf"):
+            raise ValueError(f"NormalMixture: spread must be a positive number, got {self.spread!r}")
+
+    def bind(self, size: int) -> BoundFamily:
+        return BoundMixture(self, size)
+
+
+@final
+class BoundMixture(BoundFamily):
+    """λ = (logits ``(K,)`` if weights are learned, K times λ of the component)."""
+
+    def __init__(self, family: NormalMixture, size: int) -> None:
+        super().__init__()
+        component = _COVARIANCES[family.covariance](stick_the_landing=family.stick_the_landing)
+        self.component = component.bind(size)
+        self.count = family.components
+        self.size = size
+        self.learned = family.learn_weights and family.components > 1
+        self.width = self.count * (self.component.width + self.learned)
+        self.baseline = family.baseline if self.learned else None
+        self.stratified = family.stratified and self.learned
+        self.stick_the_landing = family.stick_the_landing
+        self.register_buffer("offsets", family.spread * _apart(self.count, size))
+        self.offsets: Tensor
+
+    def initial(self, loc: Tensor, scale: float) -> Tensor:
+        locs = loc.unsqueeze(-2) + self.offsets.to(loc)
+        logits = loc.new_zeros(*loc.shape[:-1], self.count if self.learned else 0)
+        return torch.cat([logits, self.component.initial(locs, scale).flatten(-2)], dim=-1)
+
+    def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorMixture:
+        logits, rest = parameters.tensor_split([self.count if self.learned else 0], dim=-1)
+        if not self.learned:
+            logits = parameters.new_zeros(self.count)
+        parts = rest.unflatten(-1, (self.count, self.component.width))
+        components = self.component(parts, None if scored is None else scored.unsqueeze(-2))
+        return VectorMixture(
+            components, logits, learned=self.learned, stick_the_landing=self.stick_the_landing
+        )
+
+
+def _apart(count: int, size: int) -> Tensor:
+    """Points in general position around zero, about a standard normal: ``(count, size)``."""
+    points = SobolEngine(size, scramble=True).draw(count).clamp(1e-3, 1.0 - 1e-3)
+    normal = torch.special.ndtri(points)
+    return normal - normal.mean(0)

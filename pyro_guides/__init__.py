@@ -9,7 +9,9 @@ from pyro_guides.families import Discrete as Discrete
 from pyro_guides.families import Family as Family
 from pyro_guides.families import FullRankNormal as FullRankNormal
 from pyro_guides.families import LowRankNormal as LowRankNormal
+from pyro_guides.families import NormalizingFlow as NormalizingFlow
 from pyro_guides.families import NormalMixture as NormalMixture
+from pyro_guides.families import ZukoFlow as ZukoFlow
 from pyro_guides.guide import AmortizedGuide as AmortizedGuide
 from pyro_guides.posterior import Posterior as Posterior
 

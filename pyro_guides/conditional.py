@@ -44,7 +44,8 @@ class Conditional:
         q = self._bind(self.family, self.parameters, scored, site)
         if self.twin is not None:
             family: Any = self.family
-            if any(True for _ in family.parameters()):
+            traced = self.twin is self.parameters  # an ELBO that is traced takes the ordinary estimator
+            if not traced and any(True for _ in family.parameters()):
                 family = partial(held_fixed, family)
             q.path_twin = self._bind(family, self.twin, scored, site)
         if isinstance(q, VectorMixture):

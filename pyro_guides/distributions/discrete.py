@@ -36,6 +36,7 @@ class Alphabet:
         count: K, how many values an element has.
         event_shape: the shape of one value of the site.
         dtype: the dtype of its values.
+        precision: the dtype of its encoding and its logits: that of the model's own.
         largest: the largest number, if it differs between plate elements; None otherwise.
     """
 
@@ -43,6 +44,7 @@ class Alphabet:
     count: int
     event_shape: torch.Size
     dtype: torch.dtype
+    precision: torch.dtype
     largest: Tensor | None = None
 
     @property
@@ -50,12 +52,17 @@ class Alphabet:
         """The shape of one value's logits, and of its encoding."""
         return torch.Size((*self.event_shape, self.count)) if self.kind == "number" else self.event_shape
 
-    def encode(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+    @property
+    def elements(self) -> int:
+        """How many values make up one event."""
+        return self.event_shape[:-1].numel() if self.kind == "one_hot" else self.event_shape.numel()
+
+    def encode(self, value: Tensor) -> Tensor:
         """A value as a vector of indicators, ``(*batch, *event_shape) -> (*batch, size)``."""
         batch = value.shape[: value.dim() - len(self.event_shape)]
         if self.kind == "number":
             value = one_hot(value.long(), self.count)
-        return value.to(dtype).reshape(*batch, self.shape.numel())
+        return value.to(self.precision).reshape(*batch, self.shape.numel())
 
     def distribution(self, logits: Tensor, mask: Tensor | None = None) -> Any:
         """The distribution with these logits ``(*batch, size)``; ``mask`` says which elements count."""
@@ -90,29 +97,29 @@ def alphabet(fn: Distribution) -> Alphabet | None:
     support: Any = fn.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    shape = fn.event_shape
     if support is constraints.boolean:
-        return Alphabet("boolean", 2, shape, _dtype(fn))
+        return Alphabet("boolean", 2, fn.event_shape, *_dtypes(fn))
     if support is constraints.one_hot:
-        return Alphabet("one_hot", shape[-1], shape, _dtype(fn))
+        return Alphabet("one_hot", fn.event_shape[-1], fn.event_shape, *_dtypes(fn))
     if isinstance(support, constraints.integer_interval):
         largest = torch.as_tensor(support.upper_bound)
         count = int(largest.max()) + 1
         if bool((torch.as_tensor(support.lower_bound) != 0).any()) or count > LARGEST_COUNT:
             return None
         same = bool((largest == count - 1).all())
-        return Alphabet("number", count, shape, _dtype(fn), None if same else largest)
+        return Alphabet("number", count, fn.event_shape, *_dtypes(fn), None if same else largest)
     return None
 
 
-def _dtype(fn: Any) -> torch.dtype:
+def _dtypes(fn: Any) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype of a distribution's values, and of its probabilities."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
+    precision = fn.probs.dtype if hasattr(fn, "probs") else torch.get_default_dtype()
     try:
-        values: Tensor = fn.enumerate_support(expand=False)
+        return fn.enumerate_support(expand=False).dtype, precision
     except NotImplementedError:  # counts with totals of their own, which are floats
-        values = fn.probs
-    return values.dtype
+        return precision, precision
 
 
 @final

@@ -77,14 +77,14 @@ class VectorMixture(VectorDistribution):
 
     def generate(self, shape: torch.Size) -> tuple[Tensor, Any]:
         noise = self.components.sample_noise(shape).unsqueeze(-2)
-        with torch.no_grad():
+        with torch.no_grad():  # a traced ELBO forgets this, and needs each detach
             chosen = _choose(self.log_weights.expand(*shape[:-1], -1)).unsqueeze(-1)
-            u = (chosen * self.components.push(noise)[0]).sum(-2)
-            origin = self.trace_back(u)
-            residuals = torch.where(chosen, noise, origin[0])  # that of the chosen one is exact
-            weights = self._responsibilities((residuals, origin[1])).unsqueeze(-1)
+            u = (chosen * self.components.push(noise)[0]).sum(-2).detach()
+            found, log_volumes = (part.detach() for part in self.trace_back(u))
+            residuals = torch.where(chosen, noise, found)  # that of the chosen one is exact
+            weights = self._responsibilities((residuals, log_volumes)).unsqueeze(-1).detach()
         moved = self.components.push(residuals)[0]
-        return u + (weights * (moved - moved.detach())).sum(-2), (residuals, origin[1])
+        return u + (weights * (moved - moved.detach())).sum(-2), (residuals, log_volumes)
 
     def trace_back(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The residuals e_k of all components ``(..., K, D)`` and their log-volumes."""
@@ -107,22 +107,23 @@ class VectorMixture(VectorDistribution):
             return score_parts(log_prob, log_prob)
         with torch.no_grad():
             origin = self.origin_of(value)
-            component_log_prob = self.components.log_prob_from(origin)
+            component_log_prob = self.components.log_prob_from(origin).detach()
         score = (self.log_weights + component_log_prob).logsumexp(-1)
-        log_prob = entropy_term = self._entropy_term(value, origin, score.detach())
+        log_prob = entropy_term = self.path_log_prob(value, origin, score.detach())
         if self.path_twin is not None and self.stick_the_landing:
             entropy_term = self.path_twin.log_prob(value)
         if not self.learned:
             return score_parts(log_prob, entropy_term)
         return ScoreParts(log_prob, score if self.control is None else self.control(score), entropy_term)
 
-    def _entropy_term(self, value: Tensor, origin: tuple[Tensor, Tensor], log_prob: Tensor) -> Tensor:
-        if not self.stick_the_landing:
-            return self.log_prob(value)
+    def path_log_prob(self, value: Tensor, origin: tuple[Tensor, Tensor], log_prob: Tensor) -> Tensor:
+        """Log q of an own draw along its path alone, unless the landing is not to be stuck."""
+        if not (self.stick_the_landing and value.requires_grad):
+            return self.log_prob(value)  # a given value, whose density is what is to be trained
         with torch.no_grad():
             weights = self._responsibilities(origin).unsqueeze(-1)
             slope = (weights * self.components.slope(origin[0])).sum(-2)
-        return log_prob - (slope * (value - value.detach())).sum(-1)
+        return log_prob.detach() - (slope.detach() * (value - value.detach())).sum(-1)
 
     def _responsibilities(self, origin: tuple[Tensor, Tensor]) -> Tensor:
         return (self.log_weights + self.components.log_prob_from(origin)).softmax(-1)
@@ -187,17 +188,17 @@ class VectorStratum(VectorDistribution):
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """The log density of the mixture along the path of u, and no score function."""
-        if not (self.stick_the_landing and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             log_prob = self.log_prob(value)
             return score_parts(log_prob, log_prob)
-        twin = self.path_twin or self.mixture.path_twin
-        if twin is not None:
+        twin, value = self.mixture.path_twin, detach_provenance(value)
+        if twin is not None and self.stick_the_landing and value.requires_grad:
             log_q = twin.log_prob(value)
         else:
             with torch.no_grad():
-                origin = self.trace_back(detach_provenance(value))
+                origin = self.trace_back(value)
                 log_q = self.mixture.log_prob_from(origin)
-            log_q = self.mixture._entropy_term(detach_provenance(value), origin, log_q)
+            log_q = self.mixture.path_log_prob(value, origin, log_q)
         log_prob = log_q - self._log_weight()  # whose gradient cancels that of the component's own site
         return score_parts(log_prob, log_prob)
 
@@ -210,7 +211,6 @@ class VectorStratum(VectorDistribution):
             return self
         new = VectorStratum(self.mixture, self.component)
         new._batch_shape = torch.Size(batch_shape)
-        new.path_twin = self.path_twin
         return new
 
 
@@ -218,4 +218,4 @@ def _choose(log_weights: Tensor) -> Tensor:
     """One component per batch element as a mask ``(..., K)``, by the Gumbel trick."""
     uniform = torch.rand_like(log_weights).clamp_min(torch.finfo(log_weights.dtype).tiny)
     highest = (log_weights - (-uniform.log()).log()).argmax(-1, keepdim=True)
-    return torch.zeros_like(log_weights, dtype=torch.bool).scatter_(-1, highest, value=True)
+    return highest == torch.arange(log_weights.shape[-1], device=log_weights.device)

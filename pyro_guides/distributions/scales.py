@@ -57,6 +57,13 @@ class Scale(ABC):
     def variance(self) -> Tensor:
         """The diagonal of S Sᵀ, ``(..., D)``: the marginal variances of u."""
 
+    def covariance(self) -> Tensor:
+        """S Sᵀ, ``(..., D, D)``."""
+        eye = torch.eye(self.diagonal.shape[-1], dtype=self.diagonal.dtype, device=self.diagonal.device)
+        images = [self.multiply(unit) for unit in eye]
+        root = torch.stack(torch.broadcast_tensors(*images), dim=-1)
+        return root @ root.mT
+
     def log_determinant(self) -> Tensor:
         r"""Log \|det S\| over the scored elements, ``(...)``."""
         return self.sum_scored(self.diagonal.log())

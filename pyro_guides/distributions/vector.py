@@ -53,7 +53,8 @@ class Mark:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors keep no count
+    # Inference tensors keep no count, and a compiler follows changes in place by itself.
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 class VectorDistribution(TorchDistribution):
@@ -116,10 +117,13 @@ class VectorDistribution(TorchDistribution):
 
     def origin_of(self, value: Tensor) -> Any:
         """The origin of u: the one remembered if u was just drawn here."""
-        value = detach_provenance(value)  # a tracked value hides the identity of the draw
-        if self._drawn is not None and self._drawn[0].matches(value):
+        if self._drawn is not None and self.is_own(value):
             return self._drawn[1]
-        return self.trace_back(value)
+        return self.trace_back(detach_provenance(value))
+
+    def is_own(self, value: Tensor) -> bool:
+        """Whether u was just drawn here; a tracked value hides its identity, so it is laid bare first."""
+        return self._drawn is not None and self._drawn[0].matches(detach_provenance(value))
 
 
 class PushForward(VectorDistribution):

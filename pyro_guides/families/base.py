@@ -71,6 +71,24 @@ class BoundFamily(nn.Module, ABC):
         """The marginal of elements ``start:stop`` of u, for factorized families only."""
         raise NotImplementedError(f"{type(self).__name__} does not factorize over u")
 
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        """λ of this family at which q is the one that ``other`` has at ``parameters``.
+
+        Differentiable, so that what led to the other family's λ can be trained on.
+
+        Raises:
+            ValueError: this family cannot be that q, or nothing is known about how.
+        """
+        if type(other) is type(self) and other.width == self.width and not list(self.parameters()):
+            return parameters
+        raise ValueError(
+            "the new family cannot hold what the old one has learned; steps that lose nothing lead from "
+            "DiagonalNormal to LowRankNormal, FullRankNormal and NormalMixture(covariance='diagonal'), "
+            "from any of these normals to FullRankNormal, NormalMixture and NormalizingFlow, from "
+            "LowRankNormal and NormalMixture to more ranks and components. For any other family train a new "
+            "guide"
+        )
+
 
 def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise a ValueError unless ``value`` is one of the choices."""

@@ -27,7 +27,8 @@ class Discrete(Family):
 
     Args:
         enumerate: how ``TraceEnum_ELBO`` sums the site out, "parallel" or "sequential"; None draws it. A
-            site that is enumerated must be a scalar per plate element.
+            site that is enumerated must be a scalar per plate element; if its largest value differs between
+            elements, its prior needs ``validate_args=False``.
         baseline: what takes the noise out of its score function when it is drawn, under any ELBO.
             "amortized" predicts each datum's cost from its encoding; "leave_one_out" averages over the
             other data (only where the likelihood is local to the plates) or particles; "running_mean"
@@ -58,7 +59,16 @@ class Discrete(Family):
         )
 
     def bind_to(self, alphabet: Alphabet) -> BoundDiscrete:
-        """The family for a site with the given values."""
+        """The family for a site with the given values.
+
+        Raises:
+            ValueError: a site of several elements is to be enumerated.
+        """
+        if self.enumerate and alphabet.elements > 1:
+            raise ValueError(
+                f"a discrete site of shape {tuple(alphabet.event_shape)} has several elements, whose "
+                "combinations cannot be enumerated; put them into a plate, or draw them: Discrete()"
+            )
         return BoundDiscrete(self, alphabet)
 
 
@@ -79,6 +89,11 @@ class BoundDiscrete(BoundFamily):
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> Any:
         raise TypeError("a discrete family has no density over vectors")
+
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        if not isinstance(other, BoundDiscrete):
+            raise ValueError("a discrete latent keeps its table: promote it to Discrete(...)")
+        return parameters
 
     def table(self, parameters: Tensor, alphabet: Alphabet, mask: Tensor | None) -> Any:
         """The distribution of a site whose values are, in this call, those of ``alphabet``."""

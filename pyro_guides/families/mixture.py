@@ -22,6 +22,10 @@ from pyro_guides.families.normal import DiagonalNormal, FullRankNormal
 
 __all__ = ["BoundMixture", "NormalMixture"]
 
+# How far apart components start, in their own standard deviations, that must not change q: its square adds
+# to the variance.
+_SPLIT = 0.03
+
 _COVARIANCES = {"full": FullRankNormal, "diagonal": DiagonalNormal}
 
 
@@ -99,11 +103,12 @@ class BoundMixture(BoundFamily):
         self.baseline = family.baseline if self.learned else None
         self.stratified = family.stratified and self.learned
         self.stick_the_landing = family.stick_the_landing
-        self.register_buffer("offsets", family.spread * _apart(self.count, size))
-        self.offsets: Tensor
+        self.spread = family.spread
+        self.register_buffer("directions", _apart(self.count, size))
+        self.directions: Tensor
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
-        locs = loc.unsqueeze(-2) + self.offsets.to(loc)
+        locs = loc.unsqueeze(-2) + self.spread * self.directions.to(loc)
         logits = loc.new_zeros(*loc.shape[:-1], self.count if self.learned else 0)
         return torch.cat([logits, self.component.initial(locs, scale).flatten(-2)], dim=-1)
 
@@ -116,6 +121,40 @@ class BoundMixture(BoundFamily):
         return VectorMixture(
             components, logits, learned=self.learned, stick_the_landing=self.stick_the_landing
         )
+
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        logits, parts = self._parts_of(other, parameters)
+        known = parts.shape[-2]
+        equal = not logits.shape[-1] and self.count % known == 0
+        if known > self.count or not (self.learned or equal):
+            return super().adopt(other, parameters)
+        source = torch.arange(self.count, device=parameters.device) % known
+        component = other.component if isinstance(other, BoundMixture) else other
+        adopted = self.component.adopt(component, parts).index_select(-2, source)
+        copies = torch.bincount(source)[source]
+        if known < self.count:
+            adopted = self._split(adopted, source)
+        if not self.learned:
+            return adopted.flatten(-2)
+        if not logits.shape[-1]:
+            logits = parameters.new_zeros(*parameters.shape[:-1], known)
+        logits = logits.index_select(-1, source) - copies.to(logits).log()
+        return torch.cat([logits, adopted.flatten(-2)], dim=-1)
+
+    def _parts_of(self, other: BoundFamily, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(other, BoundMixture):
+            return parameters[..., :0], parameters.unsqueeze(-2)
+        logits, rest = parameters.tensor_split([other.count if other.learned else 0], dim=-1)
+        return logits, rest.unflatten(-1, (other.count, other.component.width))
+
+    def _split(self, parts: Tensor, source: Tensor) -> Tensor:
+        """Move copies of one component slightly apart around it, for equal ones would stay equal."""
+        siblings = (source == source.unsqueeze(-1)).to(parts)
+        directions = self.directions.to(parts)
+        directions = directions - siblings @ directions / siblings.sum(-1, keepdim=True)
+        shift = _SPLIT * self.component(parts).variance.sqrt() * directions
+        loc, rest = parts.tensor_split([self.size], dim=-1)
+        return torch.cat([loc + shift, rest], dim=-1)
 
 
 def _apart(count: int, size: int) -> Tensor:

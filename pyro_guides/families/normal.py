@@ -26,6 +26,8 @@ __all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"
 SMALLEST_SCALE = 1e-6
 # Zero directions would be a saddle point: their gradient vanishes with them.
 _INITIAL_DIRECTIONS = 0.01
+# For directions that must not change q: their squares vanish beside one, their gradients do not.
+_NEGLIGIBLE_DIRECTIONS = 1e-6
 
 
 @final
@@ -136,14 +138,18 @@ class _BoundNormal(BoundFamily):
         return loc.new_zeros(*loc.shape[:-1], self.width - 2 * self.size)
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
-        excess = torch.full_like(loc, scale - SMALLEST_SCALE)
-        raw = excess + (-(-excess).expm1()).log()  # the inverse of softplus
-        return torch.cat([loc, raw, self.initial_couplings(loc)], dim=-1)
+        return torch.cat([loc, raw_scale(torch.full_like(loc, scale)), self.initial_couplings(loc)], dim=-1)
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorNormal:
         loc, raw, couplings = parameters.split([self.size, self.size, self.width - 2 * self.size], dim=-1)
         scale = self.scale(softplus(raw) + SMALLEST_SCALE, couplings, scored)
         return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
+
+
+def raw_scale(scale: Tensor) -> Tensor:
+    """The element of λ that gives a scale: the inverse of softplus."""
+    excess = (scale - SMALLEST_SCALE).clamp_min(torch.finfo(scale.dtype).tiny)
+    return excess + (-(-excess).expm1()).log()
 
 
 @final
@@ -176,12 +182,30 @@ class _BoundFullRank(_BoundNormal):
         # D couplings add up in a row; so scaled, a step of all of them moves u as one of s does.
         return CholeskyScale(diagonal, couplings / math.sqrt(self.size), scored)
 
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        if isinstance(other, _BoundDiagonal):
+            couplings = parameters.new_zeros(*parameters.shape[:-1], self.width - 2 * self.size)
+            return torch.cat([parameters, couplings], dim=-1)
+        if isinstance(other, _BoundLowRank):
+            return self._factorized(other(parameters))
+        return super().adopt(other, parameters)
+
+    def _factorized(self, q: VectorNormal) -> Tensor:
+        """λ of any normal, by the Cholesky factor of its covariance."""
+        root = torch.linalg.cholesky(q.scale.covariance())
+        diagonal = root.diagonal(dim1=-2, dim2=-1)
+        rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=root.device)
+        couplings = (root / diagonal.unsqueeze(-1))[..., rows, columns] * math.sqrt(self.size)
+        return torch.cat([q.loc, raw_scale(diagonal), couplings], dim=-1)
+
 
 @final
 class _BoundLowRank(_BoundNormal):
     def __init__(self, size: int, rank: int, *, stick_the_landing: bool) -> None:
         super().__init__(size, size * rank, stick_the_landing=stick_the_landing)
         self.rank = rank
+        self.register_buffer("seeds", _NEGLIGIBLE_DIRECTIONS * torch.randn(size, rank), persistent=True)
+        self.seeds: Tensor
 
     def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
         directions = couplings.unflatten(-1, (self.size, self.rank))
@@ -190,3 +214,12 @@ class _BoundLowRank(_BoundNormal):
     def initial_couplings(self, loc: Tensor) -> Tensor:
         shape = (*loc.shape[:-1], self.width - 2 * self.size)
         return _INITIAL_DIRECTIONS * torch.randn(shape, dtype=loc.dtype, device=loc.device)
+
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        known = other.rank if isinstance(other, _BoundLowRank) else 0
+        if not isinstance(other, _BoundDiagonal | _BoundLowRank) or known > self.rank:
+            return super().adopt(other, parameters)
+        marginal, couplings = parameters.tensor_split([2 * self.size], dim=-1)
+        directions = couplings.unflatten(-1, (self.size, known))
+        seeds = self.seeds[:, known:].to(parameters).expand(*parameters.shape[:-1], -1, -1)
+        return torch.cat([marginal, torch.cat([directions, seeds], dim=-1).flatten(-2)], dim=-1)

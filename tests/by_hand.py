@@ -17,6 +17,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_guides import DiagonalNormal
 from pyro_guides.distributions import bijection
+from pyro_guides.families import BoundMixture
 
 
 class Recorder:
@@ -110,18 +111,43 @@ def log_q_by_hand(guide, trace, parameters, masks=None):
         u = torch.cat([part.expand(*batch, -1) for part in parts], dim=-1)
         every = [(masks or {}).get(name, torch.ones(1, dtype=torch.bool)) for name in sites]
         every = torch.cat([mask.expand(part.shape) for mask, part in zip(every, parts, strict=True)], dim=-1)
-        q = normal(guide.network.family(index), parameters[index].detach(), every)
+        bound, λ = guide.network.family(index), parameters[index].detach()
         units = [(name,) for name in sites] if isinstance(family, DiagonalNormal) else [sites]
         bounds = dict(guide.network.parts[index].group.bounds)
         for unit in units:
             inside = slice(bounds[unit[0]][0], bounds[unit[-1]][1])
-            density = marginal_log_prob(q, u, every, inside)
+            density = log_density(bound, λ, u, every, inside)
             for name in unit:
                 own = slice(*bounds[name])
                 support = trace.nodes[name]["fn"].support
                 density = density - log_volume(support, u[..., own], every[..., own])
             densities[unit] = density
     return densities
+
+
+def log_density(bound, parameters, u, scored, inside):
+    """Log density of the scored elements of a slice of u, by what the family says that λ means."""
+    if isinstance(bound, BoundMixture):
+        logits, parts = parameters.split([bound.count, bound.width - bound.count], dim=-1)
+        components = parts.unflatten(-1, (bound.count, -1)).unbind(-2)
+        terms = [log_density(bound.component, part, u, scored, inside) for part in components]
+        return (logits.log_softmax(-1) + torch.stack(terms, dim=-1)).logsumexp(-1)
+    if hasattr(bound, "flow"):
+        return pushed_log_prob(bound(parameters, None if scored.all() else scored), u, scored)
+    return marginal_log_prob(normal(bound, parameters, scored), u, scored, inside)
+
+
+def pushed_log_prob(q, u, scored):
+    """The density of noise that an invertible map pushes to u, by autograd through the map."""
+    with torch.enable_grad():
+        noise = q.pull(u)[0].detach().requires_grad_()
+        image = q.push(noise)[0]
+        assert torch.where(scored, image - u, torch.zeros_like(u)).abs().max() < 1e-6
+        rows = [torch.autograd.grad(v.sum(), noise, retain_graph=True)[0] for v in image.unbind(-1)]
+    eye = torch.eye(u.shape[-1], dtype=u.dtype)
+    volume = torch.where(_pairs(scored), torch.stack(rows, dim=-2), eye).slogdet()[1]
+    terms = 0.5 * noise.detach().square() + 0.5 * math.log(2.0 * math.pi)
+    return -torch.where(scored, terms, torch.zeros_like(terms)).sum(-1) - volume
 
 
 def marginal_log_prob(q, u, scored, inside):

@@ -13,11 +13,24 @@ from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, T
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
-from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, FullRankNormal, LowRankNormal
+from pyro_guides import (
+    MLP,
+    AmortizedGuide,
+    DiagonalNormal,
+    FullRankNormal,
+    LowRankNormal,
+    NormalizingFlow,
+    NormalMixture,
+)
 from pyro_guides.distributions import bijection
 
 F64 = {"dtype": torch.float64}
 FAMILIES = {"diagonal": DiagonalNormal(), "full_rank": FullRankNormal(), "low_rank": LowRankNormal(2)}
+EVERY_FAMILY = FAMILIES | {
+    "mixture": NormalMixture(3),
+    "flow": NormalizingFlow(2, hidden=(8,), context_size=4),
+    "affine_flow": NormalizingFlow(2, kind="affine", hidden=(8,), context_size=4, base=DiagonalNormal()),
+}
 ELBOS = {
     "Trace": Trace_ELBO,
     "TraceGraph": TraceGraph_ELBO,
@@ -34,6 +47,7 @@ PARTICLES = {
 # For `pytest.mark.parametrize`; the loss of these bounds is minus the mean of the log weights.
 SUMS = [name for name in ELBOS if name not in ("Renyi", "TraceMeanField")]  # minus the mean of log weights
 by_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+by_every_family = pytest.mark.parametrize("family", EVERY_FAMILY.values(), ids=EVERY_FAMILY)
 by_particles = pytest.mark.parametrize("particles", PARTICLES)
 by_elbo = pytest.mark.parametrize("elbo", ELBOS.values(), ids=ELBOS)
 by_sum = pytest.mark.parametrize("elbo", [ELBOS[name] for name in SUMS], ids=SUMS)

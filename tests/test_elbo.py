@@ -21,6 +21,7 @@ from models import (
     SUPPORTS,
     ZOO,
     Local,
+    by_every_family,
     by_family,
     by_particles,
     by_sum,
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Singular sample:UserWarning")
 @pytest.mark.parametrize("size", [None, 20], ids=["full", "subsampled"])
 @by_particles
 @by_sum
-@by_family
+@by_every_family
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_loss_is_the_hand_written_one(prior, family, elbo, particles, size):
     model, x = Local(PRIORS[prior](), size), rows()
@@ -301,7 +302,7 @@ def test_parameters_are_those_of_the_cells_taken(amortize, replayed):
 # --- shapes of models
 
 
-@by_family
+@by_every_family
 @pytest.mark.parametrize("amortize", [None, ()], ids=["amortized", "learned"])
 @pytest.mark.parametrize("name", ZOO)
 def test_models_of_many_shapes(name, amortize, family):

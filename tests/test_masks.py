@@ -16,6 +16,7 @@ from models import (
     ROW_MASK,
     WHOLE,
     ZOO,
+    by_every_family,
     by_family,
     by_particles,
     by_sum,
@@ -38,7 +39,7 @@ MODELS |= {f"mask {kind}": (masked(kind)[0], (rows(),), 1, 1.0, masked(kind)[1])
 
 @by_particles
 @by_sum
-@by_family
+@by_every_family
 @pytest.mark.parametrize("kind", MASKS)
 def test_what_is_masked_out_does_not_count(kind, family, elbo, particles):
     model, masks = masked(kind)
@@ -103,7 +104,7 @@ def partly_seen(x, seen):
 
 
 @by_particles
-@by_family
+@by_every_family
 def test_unseen_values_of_an_observed_site_are_latents(family, particles):
     args = rows(), ROW_MASK
     guide = prepared(partly_seen, *args, family=family)

@@ -19,6 +19,7 @@ from models import (
     Local,
     Outer,
     Regression,
+    by_every_family,
     by_family,
     chosen,
     hierarchy,
@@ -51,7 +52,7 @@ def total(densities, scale=1.0):
 
 
 @pytest.mark.parametrize("particles", [(), (3,), (2, 3)], ids=str)
-@by_family
+@by_every_family
 @pytest.mark.parametrize("name", MODELS)
 def test_the_values_of_a_trace_are_scored_exactly(name, family, particles):
     """Draws of the guide itself, and draws of the model, which the guide has never seen."""
@@ -72,7 +73,7 @@ def test_the_values_of_a_trace_are_scored_exactly(name, family, particles):
                 assert float(own.log_prob_sum().detach()) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
-@by_family
+@by_every_family
 @pytest.mark.parametrize("site", ["center", "spread", "z", "s"])
 def test_given_values_of_some_sites_are_scored_with_the_rest(site, family):
     guide = prepared(hierarchy, rows(), family=family)
@@ -86,7 +87,7 @@ def test_given_values_of_some_sites_are_scored_with_the_rest(site, family):
     assert float(trace.log_prob_sum().detach()) == pytest.approx(expected, rel=1e-8)
 
 
-@by_family
+@by_every_family
 @pytest.mark.parametrize("name", ["hierarchy", "nested", "Local simplex"])
 def test_log_prob_is_that_of_the_trace(name, family):
     model, args, _, scale = MODELS[name]
@@ -124,7 +125,7 @@ def test_particles_around_the_first_call_leave_no_trace(name, amortize):
 
 
 @pytest.mark.parametrize("particles", [1, 3])
-@by_family
+@by_every_family
 @pytest.mark.parametrize("name", ["normal_rows", "hierarchy", "side_by_side", "subsampled_hierarchy"])
 def test_sleep_scores_simulated_data(name, family, particles):
     model, args, _, scale = MODELS[name]
@@ -147,7 +148,7 @@ def test_sleep_needs_data_that_are_arguments():
         guide(rows(), observations={"x": rows().unsqueeze(-2)})
 
 
-@by_family
+@by_every_family
 @pytest.mark.parametrize("name", [*(f"Local {prior}" for prior in PRIORS), "hierarchy", "crossed"])
 def test_wake_weights_the_score_of_detached_values(name, family):
     check_wake(*MODELS[name][:3], family)

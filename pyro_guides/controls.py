@@ -1,68 +1,68 @@
-"""Decides what takes the noise out of a group's score function, from the model's graph."""
+"""Decides what takes the noise out of a group's score function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pyro_guides.distributions import ControlVariate
-from pyro_guides.families import BoundFamily
 from pyro_guides.groups import Group
-from pyro_guides.network import Part
+from pyro_guides.network import Network
 from pyro_guides.structure import Graph, Structure
 
-__all__ = ["control_variate", "is_amortized"]
+__all__ = ["add_control", "local_dims"]
 
 
-def control_variate(
-    family: BoundFamily,
-    index: int,
-    parts: Sequence[Part],
-    structure: Structure,
-    graph: Callable[[], Graph],
-) -> ControlVariate | None:
-    """The control variate of one group; None if it needs none, or the user wants none.
-
-    Costs may be averaged over other elements of a plate only if no such cost depends on the element's own
-    draw: all that depends on the group must lie in the plate.
+def add_control(network: Network, index: int) -> None:
+    """Give a group the control variate that its family asks for, in place of any it has.
 
     Raises:
         ValueError: "leave_one_out" was asked for where no plate allows it.
     """
+    part, family, head = network.parts[index], network.family(index), network.head(index)
+    key = str(index)
+    for modules in (network.controls, network.predictors):
+        if key in modules:
+            del modules[key]
     if family.baseline is None:
-        return None
-    group = parts[index].group
-    dims: tuple[int, ...] = ()
-    if family.baseline in ("auto", "leave_one_out"):
-        affected = _affected(index, parts, graph())
-        local = _common_plates(group, affected, structure)
-        dims = tuple(plate.dim for plate in structure.plates_of(local))
-        if family.baseline == "leave_one_out" and not dims:
-            outside = sorted(affected - set(group.sites)) or list(group.sites)
-            raise ValueError(
-                f"baseline='leave_one_out' averages over the other elements of a plate, but {group} lie in "
-                f"{list(group.plates) or 'no plate'} and decide about sites outside of it (among {outside}), "
-                "so that every element's cost depends on all of them; take baseline='running_mean' or 'auto'"
-            )
-    return ControlVariate(structure.depth, dims)
+        return
+    if family.baseline == "leave_one_out" and not part.local:
+        raise ValueError(
+            f"baseline='leave_one_out' averages costs over the other elements of a plate, but {part.group} "
+            f"decide about sites outside of their plates {list(part.group.plates)}, so that each element's "
+            "cost depends on all of them; take baseline='running_mean' or 'auto'"
+        )
+    averages = family.baseline in ("auto", "leave_one_out")
+    bias = next(head.parameters())
+    control = ControlVariate(network.depth, part.local if averages else ())
+    network.controls[key] = control.to(bias.device)
+    if family.baseline == "amortized" or (family.baseline == "auto" and part.group.discrete):
+        network.predictors[key] = head.like(1)
 
 
-def is_amortized(family: BoundFamily, group: Group) -> bool:
-    """Whether a network predicts the costs."""
-    return family.baseline == "amortized" or (family.baseline == "auto" and group.discrete)
+def local_dims(
+    index: int,
+    groups: Sequence[Group],
+    links: Sequence[Sequence[int]],
+    structure: Structure,
+    graph: Graph,
+) -> tuple[int, ...]:
+    """The plate dimensions over which elements of a group do not share any cost.
 
+    All sites that depend on the group's draw, through the model or through the guide, lie in such a plate.
 
-def _affected(index: int, parts: Sequence[Part], graph: Graph) -> set[str]:
-    """The sites whose densities depend on a group's draw, through the model or through the guide."""
+    Args:
+        index: the group's position.
+        groups: all groups in the order of drawing.
+        links: the upstream groups of each, by position.
+        structure: the model's structure.
+        graph: the model's graph.
+    """
     drawn = {index}
-    for other, part in enumerate(parts):  # in the order of drawing
-        if drawn & set(part.upstream):
+    for other, upstream in enumerate(links):
+        if drawn & set(upstream):
             drawn.add(other)
-    return graph.descendants([name for i in drawn for name in parts[i].group.sites])
-
-
-def _common_plates(group: Group, names: set[str], structure: Structure) -> set[str]:
-    common = set(group.plates)
-    for name in names:
+    local = set(groups[index].plates)
+    for name in graph.descendants([name for i in drawn for name in groups[i].sites]):
         site = structure.latents.get(name) or structure.observed.get(name)
-        common &= set(site.plates) if site is not None else set()  # what the model itself draws: unknown
-    return common
+        local &= set(site.plates) if site is not None else set()  # what the model itself draws: unknown
+    return tuple(plate.dim for plate in structure.plates_of(local))

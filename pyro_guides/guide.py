@@ -19,8 +19,9 @@ from pyro_guides.families import Family, FullRankNormal
 from pyro_guides.inputs import with_observations
 from pyro_guides.naming import announce, unique_name
 from pyro_guides.network import Network
-from pyro_guides.planning import Plan, build, family_of
+from pyro_guides.planning import Plan, build
 from pyro_guides.plates import differ, open_plate, subsample_indices, user_plates
+from pyro_guides.promotion import promote
 from pyro_guides.structure import Memory, Structure
 from pyro_guides.structure.memory import require
 
@@ -133,7 +134,7 @@ class AmortizedGuide(AutoGuide):
     @property
     def families(self) -> tuple[Family, ...]:
         """The family of each group, once the guide is set up."""
-        return tuple(family_of(self._plan.family, part.group) for part in self.network.parts)
+        return tuple(part.family for part in self.network.parts)
 
     @property
     def is_set_up(self) -> bool:
@@ -173,6 +174,44 @@ class AmortizedGuide(AutoGuide):
         call = self._open(args, kwargs)
         announce(self._store_name, self.network)
         return call.sample()
+
+    def promote(self, family: Family | Mapping[str, Family], *, only_new: bool = False) -> AmortizedGuide:
+        """A new guide with the same q and the freedom of a richer family.
+
+        What was learned is kept - encoder, learned groups, λ of every datum - and what is new starts at
+        nothing, so that training goes on from where it is. The old guide stays as it is. From
+        ``DiagonalNormal`` steps lead to ``LowRankNormal``, ``FullRankNormal``, ``NormalMixture`` and
+        ``NormalizingFlow``; see the error of a step that is not there.
+
+        A mixture's components start a little apart, by 0.03 of their standard deviation, since equal ones
+        would stay equal; all other steps change q by no more than rounding.
+
+        Args:
+            family: the new family, for all continuous groups or by plate or site.
+            only_new: whether optimizers are to see only what is new; the rest no longer requires
+                gradients, until ``guide.requires_grad_()``.
+
+        Raises:
+            RuntimeError: the guide is not set up.
+            TypeError: ``family`` is no family.
+            ValueError: the new family cannot be what the old one has become.
+
+        Example:
+            >>> import pyro, torch
+            >>> import pyro.distributions as dist
+            >>> from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            ...         pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+            >>> guide = AmortizedGuide(model, family=DiagonalNormal()).setup(torch.randn(5))
+            >>> guide.promote(FullRankNormal()).families
+            (FullRankNormal(stick_the_landing=True),)
+        """
+        _ = self.network  # says what to do if the guide is not set up
+        guide = copy.deepcopy(self)
+        promote(guide.network, family, only_new=only_new)
+        return guide
 
     # --- what the posterior is for given data
 

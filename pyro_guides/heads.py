@@ -7,6 +7,7 @@ with context and upstream values starts at zero.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
@@ -17,14 +18,32 @@ from torch.nn.functional import silu
 
 from pyro_guides.layers import ScaledLinear
 
-__all__ = ["AmortizedHead", "LearnedHead", "held_fixed"]
+__all__ = ["AmortizedHead", "Head", "LearnedHead", "PromotedHead", "held_fixed"]
 
 _MIXING_WIDTH = 128
 _EMBEDDING_SIZE = 16
 
 
+class Head(nn.Module, ABC):
+    """Where λ comes from.
+
+    Attributes:
+        learned_shape: the batch shape of λ if it is a parameter; None if it is a function of a context.
+    """
+
+    learned_shape: tuple[int, ...] | None = None
+
+    @abstractmethod
+    def like(self, width: int) -> Head:
+        """A new head that sees what this one sees, and returns ``width`` zeros to begin with."""
+
+    @abstractmethod
+    def example(self) -> Tensor:
+        """One λ, without a gradient: what the head knows without looking at anything."""
+
+
 @final
-class LearnedHead(nn.Module):
+class LearnedHead(Head):
     r"""λ as a parameter, one per plate element: :math:`\lambda_i = b_i + W_i (v - v_0)`.
 
     v are the upstream values and v₀ their initial location. Linear in v is what makes a hierarchy of
@@ -39,6 +58,7 @@ class LearnedHead(nn.Module):
     def __init__(self, initial: Tensor, origin: Tensor, dims: Mapping[str, int]) -> None:
         super().__init__()
         self.dims = dict(dims)
+        self.learned_shape = tuple(initial.shape[:-1])
         self.bias = nn.Parameter(initial.clone())
         self.register_buffer("origin", origin.clone())
         self.origin: Tensor
@@ -54,6 +74,12 @@ class LearnedHead(nn.Module):
         weight = self._take(self.weight, 2, indices)
         return bias + (weight @ (upstream - self.origin).unsqueeze(-1)).squeeze(-1)
 
+    def like(self, width: int) -> LearnedHead:
+        return LearnedHead(self.bias.new_zeros(*self.bias.shape[:-1], width), self.origin, self.dims)
+
+    def example(self) -> Tensor:
+        return self.bias.detach()
+
     def _take(self, parameter: Tensor, event_dim: int, indices: Mapping[str, Tensor]) -> Tensor:
         for name, dim in self.dims.items():
             if name in indices:
@@ -63,7 +89,7 @@ class LearnedHead(nn.Module):
 
 
 @final
-class AmortizedHead(nn.Module):
+class AmortizedHead(Head):
     r"""λ from an encoder's context: a linear map, starting at zero around the initial λ.
 
     What else is known - upstream values, and an embedding per element of plates that the inputs lack - is
@@ -115,6 +141,16 @@ class AmortizedHead(nn.Module):
         mixed = context + self.outer(silu(self.inner(torch.cat([context, side], dim=-1))))
         return self.output(torch.cat([mixed, side], dim=-1))
 
+    def like(self, width: int) -> AmortizedHead:
+        lacking = {
+            name: (len(embedding), dim)
+            for (name, dim), embedding in zip(self.lacking.items(), self.embeddings, strict=True)
+        }
+        return AmortizedHead(self.context_size, self.output.bias.new_zeros(width), self.origin, lacking)
+
+    def example(self) -> Tensor:
+        return self.output.bias.detach()
+
     def _check(self, context: Tensor) -> None:
         if context.shape[-1] != self.context_size or context.dtype != self.output.weight.dtype:
             raise ValueError(
@@ -131,6 +167,37 @@ class AmortizedHead(nn.Module):
                 rows = rows.index_select(0, indices[name].to(rows.device))
             parts.append(rows.reshape(rows.shape[0], *[1] * (-dim - 1), rows.shape[-1]))
         return torch.cat(_broadcast(parts), dim=-1)
+
+
+@final
+class PromotedHead(Head):
+    """λ of a richer family: the q that the old family has at the old head's λ, and a change of it.
+
+    Args:
+        old: the old head.
+        convert: from the old family's λ to λ of the new family at which q is the same.
+        change: a head for what is new.
+    """
+
+    def __init__(self, old: Head, convert: nn.Module, change: Head) -> None:
+        super().__init__()
+        self.old = old
+        self.convert = convert
+        self.change = change
+        self.learned_shape = old.learned_shape
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """λ of the new family, from what the old head took."""
+        converted: Tensor = self.convert(self.old(*inputs))
+        return converted + self.change(*inputs)
+
+    def like(self, width: int) -> Head:
+        return self.old.like(width)
+
+    def example(self) -> Tensor:
+        with torch.no_grad():
+            converted: Tensor = self.convert(self.old.example())
+            return converted + self.change.example()
 
 
 def held_fixed(head: nn.Module, *args: Any) -> Tensor:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_guides.conditional import Conditional, predicted
-from pyro_guides.distributions import ControlVariate
+from pyro_guides.distributions import Alphabet, ControlVariate
 from pyro_guides.encoders import Standardize
-from pyro_guides.families import BoundFamily
+from pyro_guides.families import BoundFamily, Family
 from pyro_guides.groups import Group
-from pyro_guides.heads import LearnedHead, held_fixed
+from pyro_guides.heads import Head, held_fixed
 from pyro_guides.inputs import Source
 from pyro_guides.structure import Structure
 
@@ -36,12 +36,18 @@ class Part:
         upstream: the groups, by position, whose values λ depends on.
         source: where the encoder's inputs come from; None if λ is learned.
         encoder: which encoder reads them, by position.
+        family: the family the user chose.
+        alphabet: the values of a discrete latent.
+        local: dimensions of the plates over which elements share no cost.
     """
 
     group: Group
     upstream: tuple[int, ...]
     source: Source | None
     encoder: int | None
+    family: Family
+    alphabet: Alphabet | None
+    local: tuple[int, ...]
 
 
 @final
@@ -51,11 +57,13 @@ class Network(nn.Module):
     Args:
         parts: what each group gets.
         encoders: the encoders.
+        depth: how many dimensions the model's plates take.
     """
 
-    def __init__(self, parts: Sequence[Part], encoders: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[Part], encoders: Sequence[nn.Module], depth: int) -> None:
         super().__init__()
         self.parts = tuple(parts)
+        self.depth = depth
         self.encoders = nn.ModuleList(encoders)
         self.heads = nn.ModuleList()
         self.families = nn.ModuleList()
@@ -63,16 +71,20 @@ class Network(nn.Module):
         self.controls = nn.ModuleDict()
         self.predictors = nn.ModuleDict()
 
+    def head(self, index: int) -> Head:
+        """Where λ of one group comes from."""
+        return cast("Head", self.heads[index])
+
     def family(self, index: int) -> BoundFamily:
         """The family of one group."""
         return cast("BoundFamily", self.families[index])
 
     def check_learned(self, structure: Structure) -> None:
         """Raise a ValueError if a group learned per element meets other elements than it knows."""
-        for part, head in zip(self.parts, self.heads, strict=True):
-            if not isinstance(head, LearnedHead):
+        for index, part in enumerate(self.parts):
+            expected = self.head(index).learned_shape
+            if expected is None:
                 continue
-            expected = tuple(head.bias.shape[:-1])
             got = tuple(structure.batch_shape(part.group.plates, full=True))
             if expected != got:
                 raise ValueError(

@@ -5,23 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from numbers import Real
 from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from pyro_guides.controls import control_variate, is_amortized
+from pyro_guides.controls import add_control, local_dims
+from pyro_guides.distributions import Alphabet
 from pyro_guides.encoders import MLP
 from pyro_guides.families import SMALLEST_SCALE, BoundFamily, Discrete, Family, FullRankNormal
 from pyro_guides.groups import Group, check_keys, group_latents, lookup
-from pyro_guides.heads import AmortizedHead, LearnedHead
+from pyro_guides.heads import AmortizedHead, Head, LearnedHead
 from pyro_guides.inputs import Source, check_finite, find_source
 from pyro_guides.network import Network, Part, encode
 from pyro_guides.structure import Graph, Structure, dependencies, read, upstream
 
-__all__ = ["Plan", "build", "family_of"]
+__all__ = ["Plan", "bind", "build"]
 
 
 @final
@@ -76,18 +77,20 @@ def build(
     sources = _sources(plan, groups, structure, args, kwargs)
     encoders: list[nn.Module] = []
     parts: list[Part] = []
-    for group, link, source in zip(groups, links, sources, strict=True):
+    for index, (group, source) in enumerate(zip(groups, sources, strict=True)):
         encoder = None if source is None else _encoder(plan, group, source, encoders, parts)
-        parts.append(Part(group, link, source, encoder))
-    network = Network(parts, encoders)
+        family = _family(plan.family, group)
+        alphabet = structure.latents[group.sites[0]].alphabet
+        local = local_dims(index, groups, links, structure, graph())
+        parts.append(Part(group, links[index], source, encoder, family, alphabet, local))
+    network = Network(parts, encoders, structure.depth)
     locs = [_initial_loc(group, structure) for group in groups]
     # A rehearsal on copies: lazy layers of the user's encoders must not keep what a bad input left there.
     contexts = _contexts(parts, copy.deepcopy(encoders), structure, args, kwargs)
     for part, loc in zip(parts, locs, strict=True):
-        family = _bind(family_of(plan.family, part.group), part.group, structure)
-        family.to(loc.device, loc.dtype)
-        _add_head(network, part, family, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
-    _add_controls(network, structure, graph)
+        _add_head(network, part, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+    for index in range(len(parts)):
+        add_control(network, index)
     _contexts(parts, encoders, structure, args, kwargs)
     return network, structure
 
@@ -95,20 +98,19 @@ def build(
 def _add_head(
     network: Network,
     part: Part,
-    family: BoundFamily,
     loc: Tensor,
     upstream_locs: list[Tensor],
     contexts: Mapping[tuple[int, int], Tensor],
     structure: Structure,
     plan: Plan,
 ) -> None:
+    family = bind(part.family, part.group, part.alphabet).to(loc.device, loc.dtype)
     origin = torch.cat([_mean(x) for x in upstream_locs]) if upstream_locs else loc.new_zeros(0)
     plates = structure.plates_of(part.group.plates)
-    new_head: Callable[..., nn.Module]
+    head: Head
     if part.source is None or part.encoder is None:
         initial = family.initial(_to_full_size(loc, part.group, structure), plan.init_scale)
-        dims = {plate.name: plate.dim for plate in plates}
-        new_head = partial(LearnedHead, origin=origin, dims=dims)
+        head = LearnedHead(initial, origin, {plate.name: plate.dim for plate in plates})
     else:
         context = contexts[part.encoder, id(part.source)]
         _check_dtype(part, loc, context)
@@ -118,22 +120,13 @@ def _add_head(
             if plate.name not in part.source.plates
         }
         initial = family.initial(_mean(loc), plan.init_scale)
-        new_head = partial(AmortizedHead, context_size=context.shape[-1], origin=origin, lacking=lacking)
-    if is_amortized(family, part.group):
-        network.predictors[str(len(network.heads))] = new_head(initial=torch.zeros_like(initial[..., :1]))
-    network.heads.append(new_head(initial=initial))
+        head = AmortizedHead(context.shape[-1], initial, origin, lacking)
+    network.heads.append(head)
     network.families.append(family)
 
 
-def _add_controls(network: Network, structure: Structure, graph: Callable[[], Graph]) -> None:
-    for index in range(len(network.parts)):
-        control = control_variate(network.family(index), index, network.parts, structure, graph)
-        if control is not None:
-            network.controls[str(index)] = control.to(next(network.heads[index].parameters()).device)
-
-
-def family_of(choice: Family | Mapping[str, Family], group: Group) -> Family:
-    """The family that a user's choice gives a group; a choice for all is one for continuous groups."""
+def _family(choice: Family | Mapping[str, Family], group: Group) -> Family:
+    """The family that a user's choice gives a group; one for all is one for all continuous groups."""
     named = isinstance(choice, Mapping) and any(name in choice for name in group.sites)
     family = lookup(choice, group)
     if group.discrete and not named and not isinstance(family, Discrete):
@@ -141,13 +134,17 @@ def family_of(choice: Family | Mapping[str, Family], group: Group) -> Family:
     return FullRankNormal() if family is None else family
 
 
-def _bind(family: Family, group: Group, structure: Structure) -> BoundFamily:
-    alphabet = structure.latents[group.sites[0]].alphabet
+def bind(family: Family, group: Group, alphabet: Alphabet | None) -> BoundFamily:
+    """The family for one group, whose latent is discrete if it has an alphabet.
+
+    Raises:
+        ValueError: the family is not for latents of this kind.
+    """
     if alphabet is None:
         return family.bind(group.size)
     if not isinstance(family, Discrete):
         raise ValueError(
-            f"{group} is discrete, but its family is {family}; give it Discrete(), or leave it out"
+            f"latent '{group.sites[0]}' is discrete, but its family is {family}; give it Discrete(), or none"
         )
     return family.bind_to(alphabet)
 
@@ -279,7 +276,8 @@ def _initial_loc(group: Group, structure: Structure) -> Tensor:
         latent = structure.latents[name]
         if latent.alphabet is not None:
             count = 2 if latent.alphabet.kind == "boolean" else latent.alphabet.count
-            parts.append(torch.full((*batch, latent.size), 1.0 / count))
+            equal = torch.full((*batch, latent.size), 1.0 / count, dtype=latent.alphabet.precision)
+            parts.append(equal.to(structure.values[name].device))
             continue
         u = latent.unconstrain(structure.values[name])
         if not bool(u.isfinite().all()):

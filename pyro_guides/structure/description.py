@@ -93,7 +93,7 @@ class Latent:
     def unconstrain(self, value: Tensor) -> Tensor:
         """The unconstrained value, or the encoding, of a value: ``(*batch, size)``."""
         if self.alphabet is not None:
-            return self.alphabet.encode(value, torch.get_default_dtype())
+            return self.alphabet.encode(value)
         u: Tensor = self.require_transform().inv(value)
         return u.reshape(*u.shape[: u.dim() - len(self.unconstrained_shape)], self.size)
 

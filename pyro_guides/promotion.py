@@ -1,0 +1,96 @@
+"""From one guide to a richer one with the same q: what was learned stays, what is new starts at nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import final
+
+from torch import Tensor, nn
+
+from pyro_guides.controls import add_control
+from pyro_guides.families import BoundFamily, Family
+from pyro_guides.groups import Group, lookup
+from pyro_guides.heads import PromotedHead
+from pyro_guides.network import Network
+from pyro_guides.planning import bind
+
+__all__ = ["promote"]
+
+
+def promote(network: Network, choice: Family | Mapping[str, Family], *, only_new: bool) -> None:
+    """Give the groups of a network richer families at the same q.
+
+    Args:
+        network: the network; a copy, for an error may leave it half changed.
+        choice: one family for all continuous groups, or a dict by plate or site.
+        only_new: whether all that the old network knew is frozen.
+
+    Raises:
+        TypeError: the choice holds something that is no family.
+        ValueError: a family cannot be the old q, or a site is named that shares its group.
+    """
+    _check(network, choice)
+    if only_new:
+        network.requires_grad_(requires_grad=False)
+    for index, part in enumerate(network.parts):
+        family = _chosen(choice, part.group, part.family)
+        if family != part.family:
+            _promote(network, index, family)
+
+
+def _promote(network: Network, index: int, family: Family) -> None:
+    part, head = network.parts[index], network.head(index)
+    old = network.family(index)
+    bias = next(head.parameters())
+    new = bind(family, part.group, part.alphabet).to(bias.device, bias.dtype)
+    try:
+        width = new.adopt(old, head.example()).shape[-1]
+    except ValueError as error:
+        raise ValueError(f"{part.group} cannot be promoted from {part.family} to {family}: {error}") from None
+    network.heads[index] = PromotedHead(head, _Conversion(old, new), head.like(width))
+    network.families[index] = new
+    network.parts = tuple(
+        replace(other, family=family) if other is part else other for other in network.parts
+    )
+    add_control(network, index)
+
+
+@final
+class _Conversion(nn.Module):
+    """From the old family's λ to λ of the new family at which q is the same."""
+
+    def __init__(self, old: BoundFamily, new: BoundFamily) -> None:
+        super().__init__()
+        self.old = old
+        self.new = new
+
+    def forward(self, parameters: Tensor) -> Tensor:
+        return self.new.adopt(self.old, parameters)
+
+
+def _chosen(choice: Family | Mapping[str, Family], group: Group, current: Family) -> Family:
+    if group.discrete and not isinstance(choice, Mapping):
+        return current
+    return lookup(choice, group) or current
+
+
+def _check(network: Network, choice: object) -> None:
+    items = list(choice.values()) if isinstance(choice, Mapping) else [choice]
+    for item in items:
+        if not isinstance(item, Family):
+            raise TypeError(
+                f"promote() takes a family such as NormalMixture(4), or a dict of them by plate or site; got "
+                f"{type(item).__name__}"
+            )
+    if not isinstance(choice, Mapping):
+        return
+    groups = [part.group for part in network.parts]
+    known = {name for group in groups for name in (*group.sites, *group.plates)}
+    if unknown := [name for name in choice if name not in known]:
+        raise ValueError(
+            f"promote({{...}}) names {unknown}; the latents and their plates are {sorted(known)}"
+        )
+    for group in groups:
+        if 0 < sum(name in choice for name in group.sites) < len(group.sites):
+            raise ValueError(f"{group} are drawn jointly: name all of them, or their plate")

@@ -113,7 +113,7 @@ class Call:
             ]
         self._check_scales(group)
         q = conditional.distribution(found.scored)
-        if getattr(self.network.family(index), "stratified", False) and is_enumerating(self.structure.depth):
+        if self.network.family(index).stratified and is_enumerating(self.structure.depth):
             q = cast("VectorMixture", q).stratum(self._sample_component(q, group, found))
         return [Joint(q, group.bounds, partial(self._revised, index, None, found.scored), tags)]
 

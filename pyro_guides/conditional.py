@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_guides.distributions import Alphabet, ControlVariate, VectorDistribution, VectorMixture
 from pyro_guides.families import BoundDiscrete, BoundFamily
@@ -68,14 +68,3 @@ class Conditional:
         if site is None:
             return family(parameters, scored)
         return family.select(parameters, *self.bounds[site], scored)
-
-
-def detached(inputs: tuple[Any, ...]) -> list[Any]:
-    """The same inputs without their gradients."""
-    return [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-
-
-def predicted(head: nn.Module, inputs: tuple[Any, ...]) -> Tensor:
-    """What a baseline's head says, without teaching the encoder anything."""
-    prediction: Tensor = head(*detached(inputs))
-    return prediction.squeeze(-1)

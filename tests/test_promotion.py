@@ -52,6 +52,8 @@ LOSSY = {
     "mixture to flow": (NormalMixture(2), FLOW),
     "full rank to diagonal mixture": (FullRankNormal(), NormalMixture(2, "diagonal")),
     "learned weights to fixed ones": (NormalMixture(3), NormalMixture(3, learn_weights=False)),
+    # λ of these two happens to have the same length: 9 components of 9 + 1 values, or 10 of 9
+    "a λ of the same length": (NormalMixture(9), NormalMixture(10, learn_weights=False)),
     "flow to full rank": (FLOW, FullRankNormal()),
     "flow to mixture": (FLOW, NormalMixture(2)),
     "flow to another flow": (FLOW, NormalizingFlow(3, hidden=(8,), context_size=4)),

@@ -43,6 +43,7 @@ class BoundFamily(nn.Module, ABC):
             be drawn, scaled and masked on its own.
         has_quantiles: whether the distribution has ``quantile(probability)`` for each element of u.
         baseline: what controls the noise of its score function; None for families without one.
+        stratified: whether draws are mixtures' and may be taken component by component.
     """
 
     size: int
@@ -50,6 +51,7 @@ class BoundFamily(nn.Module, ABC):
     factorized: bool = False
     has_quantiles: bool = False
     baseline: Baseline = None
+    stratified: bool = False
 
     @abstractmethod
     def initial(self, loc: Tensor, scale: float) -> Tensor:
@@ -79,8 +81,6 @@ class BoundFamily(nn.Module, ABC):
         Raises:
             ValueError: this family cannot be that q, or nothing is known about how.
         """
-        if type(other) is type(self) and other.width == self.width and not list(self.parameters()):
-            return parameters
         raise ValueError(
             "the new family cannot hold what the old one has learned; steps that lose nothing lead from "
             "DiagonalNormal to LowRankNormal, FullRankNormal and NormalMixture(covariance='diagonal'), "

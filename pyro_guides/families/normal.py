@@ -133,6 +133,11 @@ class _BoundNormal(BoundFamily):
     def scale(self, diagonal: Tensor, couplings: Tensor, scored: Tensor | None) -> Scale:
         """The linear map of u = μ + S ε."""
 
+    def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
+        if type(other) is type(self) and other.width == self.width:
+            return parameters
+        return super().adopt(other, parameters)
+
     def initial_couplings(self, loc: Tensor) -> Tensor:
         """Couplings that leave q (nearly) diagonal."""
         return loc.new_zeros(*loc.shape[:-1], self.width - 2 * self.size)

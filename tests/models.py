@@ -29,7 +29,6 @@ FAMILIES = {"diagonal": DiagonalNormal(), "full_rank": FullRankNormal(), "low_ra
 EVERY_FAMILY = FAMILIES | {
     "mixture": NormalMixture(3),
     "flow": NormalizingFlow(2, hidden=(8,), context_size=4),
-    "affine_flow": NormalizingFlow(2, kind="affine", hidden=(8,), context_size=4, base=DiagonalNormal()),
 }
 ELBOS = {
     "Trace": Trace_ELBO,

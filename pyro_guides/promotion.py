@@ -31,6 +31,8 @@ def promote(network: Network, choice: Family | Mapping[str, Family], *, only_new
         ValueError: a family cannot be the old q, or a site is named that shares its group.
     """
     _check(network, choice)
+    if not isinstance(only_new, bool):
+        raise TypeError(f"promote(): only_new must be True or False, got {only_new!r}")
     if only_new:
         network.requires_grad_(requires_grad=False)
     for index, part in enumerate(network.parts):

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 
 from pyro_guides import (
     DiagonalNormal,
+    Discrete,
     FullRankNormal,
     LowRankNormal,
     NormalizingFlow,
@@ -221,3 +222,45 @@ def test_zuko_leaves_validation_on():
     assert Distribution._validate_args is before
     with pytest.raises(ValueError, match="constraint"):
         torch.distributions.Normal(0.0, -1.0)
+
+
+BAD = {
+    "no components": (lambda: NormalMixture(0), ValueError, "components must be at least 1"),
+    "half a component": (lambda: NormalMixture(2.5), TypeError, "components must be an int"),
+    "unknown covariance": (
+        lambda: NormalMixture(2, "tied"),
+        ValueError,
+        r"must be one of \['full', 'diagonal'\]",
+    ),
+    "unknown baseline": (lambda: NormalMixture(2, baseline="best"), ValueError, "baseline must be one of"),
+    "no spread": (lambda: NormalMixture(2, spread=0.0), ValueError, "spread must be a positive number"),
+    "wide spread": (lambda: NormalMixture(2, spread="wide"), TypeError, "spread must be a number"),
+    "weights": (
+        lambda: NormalMixture(2, learn_weights="no"),
+        TypeError,
+        "learn_weights must be True or False",
+    ),
+    "stratified": (lambda: NormalMixture(2, stratified=1), TypeError, "stratified must be True or False"),
+    "enumerate": (lambda: Discrete(enumerate=True), ValueError, "enumerate must be one of"),
+    "table": (lambda: Discrete().bind(2), ValueError, "is for discrete latents"),
+} | {
+    f"landing of {family.__name__}": (
+        lambda family=family, args=args: family(*args, stick_the_landing="no"),
+        TypeError,
+        "stick_the_landing must be True or False",
+    )
+    for family, args in [
+        (DiagonalNormal, ()),
+        (FullRankNormal, ()),
+        (LowRankNormal, (1,)),
+        (NormalMixture, (2,)),
+        (NormalizingFlow, ()),
+        (ZukoFlow, (zuko_spline,)),
+    ]
+}
+
+
+@pytest.mark.parametrize(("make_it", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_told(make_it, error, message):
+    with pytest.raises(error, match=message):
+        make_it()

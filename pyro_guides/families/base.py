@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_guides.distributions import VectorDistribution
 
-__all__ = ["BASELINES", "Baseline", "BoundFamily", "Family", "check_choice", "check_count"]
+__all__ = ["BASELINES", "Baseline", "BoundFamily", "Family", "check_choice", "check_count", "check_flags"]
 
 # What takes the noise out of a score function, where a family has one.
 Baseline = Literal["auto", "amortized", "leave_one_out", "running_mean"] | None
@@ -94,6 +94,13 @@ def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any])
     """Raise a ValueError unless ``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{family}: {argument} must be one of {list(choices)}, got {value!r}")
+
+
+def check_flags(family: str, **flags: Any) -> None:
+    """Raise a TypeError unless all flags are True or False."""
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{family}: {argument} must be True or False, got {value!r}")
 
 
 def check_count(family: str, argument: str, value: Any, least: int, instead: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_guides.distributions.flow import VectorFlow
 from pyro_guides.distributions.normal import VectorNormal
-from pyro_guides.families.base import BoundFamily, Family, check_choice, check_count
+from pyro_guides.families.base import BoundFamily, Family, check_choice, check_count, check_flags
 from pyro_guides.families.couplings import KINDS, CouplingFlow
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 
@@ -69,6 +69,7 @@ class NormalizingFlow(Family):
         check_count(name, "bins", self.bins, 2, "8 are plenty for most posteriors")
         check_count(name, "context_size", self.context_size, 1, "take 16 or more")
         check_base(name, self.base)
+        check_flags(name, stick_the_landing=self.stick_the_landing)
         check_choice(name, "kind", self.kind, KINDS)
         if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
             raise TypeError(

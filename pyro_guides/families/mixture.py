@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, final
 
 import torch
@@ -17,6 +18,7 @@ from pyro_guides.families.base import (
     Family,
     check_choice,
     check_count,
+    check_flags,
 )
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal
 
@@ -54,7 +56,7 @@ class NormalMixture(Family):
         stick_the_landing: see :class:`DiagonalNormal`.
 
     Raises:
-        TypeError: ``components`` is no int.
+        TypeError: ``components`` is no int, ``spread`` no number, or a flag no bool.
         ValueError: ``components`` is less than 1, ``spread`` is not positive, or an unknown
             ``covariance`` or ``baseline``.
 
@@ -81,6 +83,14 @@ class NormalMixture(Family):
         check_count("NormalMixture", "components", self.components, 1, "one normal is FullRankNormal()")
         check_choice("NormalMixture", "covariance", self.covariance, list(_COVARIANCES))
         check_choice("NormalMixture", "baseline", self.baseline, BASELINES)
+        check_flags(
+            "NormalMixture",
+            learn_weights=self.learn_weights,
+            stratified=self.stratified,
+            stick_the_landing=self.stick_the_landing,
+        )
+        if isinstance(self.spread, bool) or not isinstance(self.spread, Real):
+            raise TypeError(f"NormalMixture: spread must be a number, got {self.spread!r}")
         if not 0.0 < self.spread < float("inf"):
             raise ValueError(f"NormalMixture: spread must be a positive number, got {self.spread!r}")
 

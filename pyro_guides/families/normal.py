@@ -18,7 +18,7 @@ from pyro_guides.distributions import (
     Scale,
     VectorNormal,
 )
-from pyro_guides.families.base import BoundFamily, Family, check_count
+from pyro_guides.families.base import BoundFamily, Family, check_count, check_flags
 
 __all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 
@@ -53,6 +53,9 @@ class DiagonalNormal(Family):
 
     stick_the_landing: bool = True
 
+    def __post_init__(self) -> None:
+        check_flags("DiagonalNormal", stick_the_landing=self.stick_the_landing)
+
     def bind(self, size: int) -> BoundFamily:
         return _BoundDiagonal(size, stick_the_landing=self.stick_the_landing)
 
@@ -79,6 +82,9 @@ class FullRankNormal(Family):
     """
 
     stick_the_landing: bool = True
+
+    def __post_init__(self) -> None:
+        check_flags("FullRankNormal", stick_the_landing=self.stick_the_landing)
 
     def bind(self, size: int) -> BoundFamily:
         return _BoundFullRank(size, stick_the_landing=self.stick_the_landing)
@@ -112,6 +118,7 @@ class LowRankNormal(Family):
 
     def __post_init__(self) -> None:
         check_count("LowRankNormal", "rank", self.rank, 1, "for no correlation use DiagonalNormal()")
+        check_flags("LowRankNormal", stick_the_landing=self.stick_the_landing)
 
     def bind(self, size: int) -> BoundFamily:
         rank = min(self.rank, size)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from pyro_guides.distributions.flow import fixed_scale
 from pyro_guides.distributions.normal import VectorNormal
 from pyro_guides.distributions.vector import Shape, VectorDistribution, score_parts
-from pyro_guides.families.base import BoundFamily, Family, check_count
+from pyro_guides.families.base import BoundFamily, Family, check_count, check_flags
 from pyro_guides.families.flow import check_base
 from pyro_guides.families.normal import FullRankNormal
 
@@ -76,6 +76,7 @@ class ZukoFlow(Family):
             )
         check_count("ZukoFlow", "context_size", self.context_size, 1, "take 16 or more")
         check_base("ZukoFlow", self.base)
+        check_flags("ZukoFlow", stick_the_landing=self.stick_the_landing)
 
     def bind(self, size: int) -> BoundFamily:
         with _validation_kept():

@@ -121,8 +121,11 @@ class Call:
         """Enumerate which component of a mixture a draw comes from."""
         component = dist.Categorical(logits=cast("VectorMixture", q).log_weights)
         infer: Any = {"enumerate": "parallel", "is_auxiliary": True}
+        name = f"{group.sites[0]}_component"
+        while name in self.structure.latents or name in self.structure.observed:
+            name += "_"
         with self._inside(group.plates, found.shared, self.structure.latents[group.sites[0]].scale):
-            return pyro.sample(f"{group.sites[0]}_component", component, infer=infer)
+            return pyro.sample(name, component, infer=infer)
 
     def _revised(self, index: int, name: str | None, scored: Tensor | None) -> VectorDistribution | None:
         """Q of a group, or of one of its sites, at upstream values that changed since it was drawn."""

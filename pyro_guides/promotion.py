@@ -28,16 +28,19 @@ def promote(network: Network, choice: Family | Mapping[str, Family], *, only_new
 
     Raises:
         TypeError: the choice holds something that is no family.
-        ValueError: a family cannot be the old q, or a site is named that shares its group.
+        ValueError: a family cannot be the old q, nothing would change, or a site is named that shares
+            its group.
     """
     _check(network, choice)
     if not isinstance(only_new, bool):
         raise TypeError(f"promote(): only_new must be True or False, got {only_new!r}")
     if only_new:
         network.requires_grad_(requires_grad=False)
-    for index, part in enumerate(network.parts):
-        family = _chosen(choice, part.group, part.family)
-        if family != part.family:
+    chosen = [_chosen(choice, part.group, part.family) for part in network.parts]
+    if all(family == part.family for family, part in zip(chosen, network.parts, strict=True)):
+        raise ValueError(f"promote({choice!r}) changes nothing: the families are {chosen} already")
+    for index, family in enumerate(chosen):
+        if family != network.parts[index].family:
             _promote(network, index, family)
 
 

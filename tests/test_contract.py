@@ -240,6 +240,11 @@ BAD = {
         TypeError,
         "learn_weights must be True or False",
     ),
+    "nothing to stratify": (
+        lambda: NormalMixture(2, stratified=True, learn_weights=False),
+        ValueError,
+        "nothing to stratify",
+    ),
     "stratified": (lambda: NormalMixture(2, stratified=1), TypeError, "stratified must be True or False"),
     "enumerate": (lambda: Discrete(enumerate=True), ValueError, "enumerate must be one of"),
     "table": (lambda: Discrete().bind(2), ValueError, "is for discrete latents"),

@@ -513,3 +513,15 @@ def test_enumeration_that_does_not_fit_says_so():
     guide = apart(two_sites, NormalMixture(2, stratified=True), ROWS)
     with pytest.raises(ValueError, match=r"TraceEnum_ELBO\(max_plate_nesting=1\)"):
         ELBOS["TraceEnum"](max_plate_nesting=0).loss(two_sites, guide, ROWS)
+
+
+def test_a_component_gives_way_to_a_site_of_its_name():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            other = pyro.sample("z_component", dist.Normal(z, 1.0))
+            pyro.sample("x", dist.Normal(other, 1.0), obs=x)
+
+    x = torch.randn(3, dtype=torch.float64)
+    guide = AmortizedGuide(model, family=NormalMixture(2, stratified=True)).setup(x)
+    assert math.isfinite(ELBOS["TraceEnum"](max_plate_nesting=1).loss(model, guide, x))

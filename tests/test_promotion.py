@@ -250,5 +250,8 @@ def test_bad_input():
             guide.promote(wrong)
     with pytest.raises(ValueError, match=r"names \['y'\]"):
         guide.promote({"y": NormalMixture(2)})
+    for nothing in ({}, FullRankNormal()):
+        with pytest.raises(ValueError, match="changes nothing"):
+            guide.promote(nothing, only_new=True)
     with pytest.raises(ValueError, match="drawn jointly: name all of them"):
         guide.promote({"a": NormalMixture(2)})

@@ -89,6 +89,8 @@ class NormalMixture(Family):
             stratified=self.stratified,
             stick_the_landing=self.stick_the_landing,
         )
+        if self.stratified and not self.learn_weights:
+            raise ValueError("NormalMixture: fixed weights leave nothing to stratify; take stratified=False")
         if isinstance(self.spread, bool) or not isinstance(self.spread, Real):
             raise TypeError(f"NormalMixture: spread must be a number, got {self.spread!r}")
         if not 0.0 < self.spread < float("inf"):

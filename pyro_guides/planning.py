@@ -22,7 +22,7 @@ from pyro_guides.inputs import Source, check_finite, find_source
 from pyro_guides.network import Network, Part, encode
 from pyro_guides.structure import Graph, Structure, dependencies, read, upstream
 
-__all__ = ["Plan", "bind", "build"]
+__all__ = ["Plan", "bind", "build", "family_for"]
 
 
 @final
@@ -79,7 +79,7 @@ def build(
     parts: list[Part] = []
     for index, (group, source) in enumerate(zip(groups, sources, strict=True)):
         encoder = None if source is None else _encoder(plan, group, source, encoders, parts)
-        family = _family(plan.family, group)
+        family = family_for(group, plan.family, Discrete() if group.discrete else FullRankNormal())
         alphabet = structure.latents[group.sites[0]].alphabet
         local = local_dims(index, groups, links, structure, graph())
         parts.append(Part(group, links[index], source, encoder, family, alphabet, local))
@@ -125,13 +125,13 @@ def _add_head(
     network.families.append(family)
 
 
-def _family(choice: Family | Mapping[str, Family], group: Group) -> Family:
-    """The family that a user's choice gives a group; one for all is one for all continuous groups."""
+def family_for(group: Group, choice: Family | Mapping[str, Family], otherwise: Family) -> Family:
+    """The family that a user's choice gives a group; one for all, or for a plate, skips discrete groups."""
     named = isinstance(choice, Mapping) and any(name in choice for name in group.sites)
     family = lookup(choice, group)
     if group.discrete and not named and not isinstance(family, Discrete):
-        return Discrete()
-    return FullRankNormal() if family is None else family
+        return otherwise
+    return otherwise if family is None else family
 
 
 def bind(family: Family, group: Group, alphabet: Alphabet | None) -> BoundFamily:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from pyro_guides.controls import add_control
 from pyro_guides.families import BoundFamily, Family
-from pyro_guides.groups import Group, lookup
 from pyro_guides.heads import PromotedHead
 from pyro_guides.network import Network
-from pyro_guides.planning import bind
+from pyro_guides.planning import bind, family_for
 
 __all__ = ["promote"]
 
@@ -36,7 +35,7 @@ def promote(network: Network, choice: Family | Mapping[str, Family], *, only_new
         raise TypeError(f"promote(): only_new must be True or False, got {only_new!r}")
     if only_new:
         network.requires_grad_(requires_grad=False)
-    chosen = [_chosen(choice, part.group, part.family) for part in network.parts]
+    chosen = [family_for(part.group, choice, part.family) for part in network.parts]
     if all(family == part.family for family, part in zip(chosen, network.parts, strict=True)):
         raise ValueError(f"promote({choice!r}) changes nothing: the families are {chosen} already")
     for index, family in enumerate(chosen):
@@ -72,12 +71,6 @@ class _Conversion(nn.Module):
 
     def forward(self, parameters: Tensor) -> Tensor:
         return self.new.adopt(self.old, parameters)
-
-
-def _chosen(choice: Family | Mapping[str, Family], group: Group, current: Family) -> Family:
-    if group.discrete and not isinstance(choice, Mapping):
-        return current
-    return lookup(choice, group) or current
 
 
 def _check(network: Network, choice: object) -> None:

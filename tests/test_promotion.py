@@ -234,6 +234,7 @@ def test_discrete_groups_keep_their_tables():
     x = rows()[:, 0]
     guide = prepared(model, x).promote(NormalMixture(2))
     assert guide.families == (Discrete(), NormalMixture(2))
+    assert guide.promote({"data": NormalMixture(3)}).families == (Discrete(), NormalMixture(3))
     assert guide.promote({"k": Discrete(enumerate="parallel")}).families[0].enumerate == "parallel"
     with pytest.raises(ValueError, match="is discrete"):
         guide.promote({"k": FullRankNormal()})

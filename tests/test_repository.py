@@ -49,7 +49,7 @@ ARROWS = {
         "network",
         "structure",
     },
-    "promotion": {"controls", "families", "groups", "heads", "network", "planning"},
+    "promotion": {"controls", "families", "heads", "network", "planning"},
     "calls": {
         "conditional",
         "distributions",

@@ -117,13 +117,10 @@ class VectorDistribution(TorchDistribution):
 
     def origin_of(self, value: Tensor) -> Any:
         """The origin of u: the one remembered if u was just drawn here."""
-        if self._drawn is not None and self.is_own(value):
+        value = detach_provenance(value)  # a tracked value hides the identity of the draw
+        if self._drawn is not None and self._drawn[0].matches(value):
             return self._drawn[1]
-        return self.trace_back(detach_provenance(value))
-
-    def is_own(self, value: Tensor) -> bool:
-        """Whether u was just drawn here; a tracked value hides its identity, so it is laid bare first."""
-        return self._drawn is not None and self._drawn[0].matches(detach_provenance(value))
+        return self.trace_back(value)
 
 
 class PushForward(VectorDistribution):

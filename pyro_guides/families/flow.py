@@ -15,7 +15,7 @@ from pyro_guides.families.base import BoundFamily, Family, check_choice, check_c
 from pyro_guides.families.couplings import KINDS, CouplingFlow
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 
-__all__ = ["NormalizingFlow", "check_base"]
+__all__ = ["BoundAround", "NormalizingFlow", "check_base"]
 
 
 @final
@@ -88,23 +88,33 @@ class NormalizingFlow(Family):
         return _BoundFlow(self.base.bind(size), flow, self.context_size, self.stick_the_landing)
 
 
-@final
-class _BoundFlow(BoundFamily):
-    """λ = (λ of the base, h)."""
+class BoundAround(BoundFamily):
+    """A flow around a normal: λ = (λ of the base, h)."""
 
-    def __init__(
-        self, base: BoundFamily, flow: CouplingFlow, context_size: int, stick_the_landing: bool
-    ) -> None:
+    def __init__(self, base: BoundFamily, context_size: int, stick_the_landing: bool) -> None:
         super().__init__()
         self.size = base.size
         self.width = base.width + context_size
         self.stick_the_landing = stick_the_landing
         self.base = base
-        self.flow = flow
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         context = loc.new_zeros(*loc.shape[:-1], self.width - self.base.width)
         return torch.cat([self.base.initial(loc, scale), context], dim=-1)
+
+    def parts(self, parameters: Tensor, scored: Tensor | None = None) -> tuple[VectorNormal, Tensor]:
+        """The normal and the context h that λ holds."""
+        inner, context = parameters.split([self.base.width, self.width - self.base.width], dim=-1)
+        return cast("VectorNormal", self.base(inner, scored)), context
+
+
+@final
+class _BoundFlow(BoundAround):
+    def __init__(
+        self, base: BoundFamily, flow: CouplingFlow, context_size: int, stick_the_landing: bool
+    ) -> None:
+        super().__init__(base, context_size, stick_the_landing)
+        self.flow = flow
 
     def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
         adopted = self.base.adopt(other, parameters)  # the flow is the identity
@@ -112,8 +122,7 @@ class _BoundFlow(BoundFamily):
         return torch.cat([adopted, context], dim=-1)
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorFlow:
-        inner, context = parameters.split([self.base.width, self.width - self.base.width], dim=-1)
-        normal = cast("VectorNormal", self.base(inner, scored))
+        normal, context = self.parts(parameters, scored)
         return VectorFlow(
             normal.loc,
             normal.scale,

@@ -19,7 +19,7 @@ from pyro_guides.distributions.flow import fixed_scale
 from pyro_guides.distributions.normal import VectorNormal
 from pyro_guides.distributions.vector import Shape, VectorDistribution, score_parts
 from pyro_guides.families.base import BoundFamily, Family, check_count, check_flags
-from pyro_guides.families.flow import check_base
+from pyro_guides.families.flow import BoundAround, check_base
 from pyro_guides.families.normal import FullRankNormal
 
 __all__ = ["ZukoFlow"]
@@ -103,22 +103,12 @@ class ZukoFlow(Family):
 
 
 @final
-class _BoundZuko(BoundFamily):
-    """λ = (λ of the base, h)."""
-
+class _BoundZuko(BoundAround):
     def __init__(
         self, base: BoundFamily, flow: nn.Module, context_size: int, stick_the_landing: bool
     ) -> None:
-        super().__init__()
-        self.size = base.size
-        self.width = base.width + context_size
-        self.stick_the_landing = stick_the_landing
-        self.base = base
+        super().__init__(base, context_size, stick_the_landing)
         self.scorer = _Scorer(flow)
-
-    def initial(self, loc: Tensor, scale: float) -> Tensor:
-        context = loc.new_zeros(*loc.shape[:-1], self.width - self.base.width)
-        return torch.cat([self.base.initial(loc, scale), context], dim=-1)
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorDistribution:
         if scored is not None:
@@ -126,8 +116,7 @@ class _BoundZuko(BoundFamily):
                 "ZukoFlow cannot leave single sites out of its density, as their mask asks; give masked "
                 "sites a group of their own, or take NormalizingFlow(), which can"
             )
-        inner, context = parameters.split([self.base.width, self.width - self.base.width], dim=-1)
-        normal = cast("VectorNormal", self.base(inner))
+        normal, context = self.parts(parameters)
         return _Placed(normal, self.scorer, context, stick_the_landing=self.stick_the_landing)
 
 

@@ -2,6 +2,11 @@
 
 from pyro_guides import optim as optim
 from pyro_guides.encoders import MLP as MLP
+from pyro_guides.encoders import DeepSet as DeepSet
+from pyro_guides.encoders import GRUEncoder as GRUEncoder
+from pyro_guides.encoders import SequenceEncoder as SequenceEncoder
+from pyro_guides.encoders import SetEncoder as SetEncoder
+from pyro_guides.encoders import SetTransformer as SetTransformer
 from pyro_guides.encoders import Standardize as Standardize
 from pyro_guides.export import to_arviz as to_arviz
 from pyro_guides.families import DiagonalNormal as DiagonalNormal

@@ -17,12 +17,14 @@ from torch import Tensor
 from pyro_guides.conditional import Conditional
 from pyro_guides.distributions import Alphabet, DiscreteSite, Joint, VectorDistribution, VectorMixture
 from pyro_guides.distributions.sites import Tags, joined, tags_of
+from pyro_guides.encoding import Contexts, Encoding, encode
 from pyro_guides.enumeration import is_enumerating
 from pyro_guides.families import BoundDiscrete
 from pyro_guides.groups import Group, Masks, masks, piece
-from pyro_guides.network import Network, encode
+from pyro_guides.network import Network, step_names
 from pyro_guides.plates import subsample_indices
-from pyro_guides.structure import Structure, is_one
+from pyro_guides.structure import Structure, is_one, outer_dims
+from pyro_guides.turns import Turn, take_turns
 
 __all__ = ["Call"]
 
@@ -64,58 +66,100 @@ class Call:
         self.reread = reread
         self.simulated = simulated
         self.values: dict[str, Tensor] = {}
-        self.unconstrained: list[Tensor] = []
+        self.turns = take_turns([part.group for part in network.parts], structure)
+        # By turn: u, None where this call does not have the group; the draws behind it; their tags.
+        self._u: list[Tensor | None] = []
         self._joints: list[list[Joint]] = []
         self._tags: list[Tags] = []
-        self._contexts: dict[tuple[int, int], Tensor] = {}
+        self._contexts: dict[Encoding, Contexts] = {}
+
+    @property
+    def unconstrained(self) -> list[Tensor]:
+        """What was drawn: u of each group, ``(*batch, D)``."""
+        return [u for u in self._u if u is not None]
 
     def sample(self) -> dict[str, Tensor]:
         """Run one ``pyro.sample`` per latent, group by group; their values by name."""
-        for index, part in enumerate(self.network.parts):
-            found = self._masks(part.group)
-            if part.group.discrete:
-                self._sample_discrete(index, part.group, found)
+        for turn in self.turns:
+            if not self._is_latent(turn.group):
+                self._note(self._observed(turn.group))
                 continue
-            joints = self._new_joints(index, part.group, found)
-            self._joints.append(joints)
-            drawn = [self._sample_joint(joint, part.group, found) for joint in joints]
-            self.unconstrained.append(joined(drawn))
-            self._tags.append(frozenset().union(*(joint.tags for joint in joints)))
+            found = self._masks(turn.group)
+            if turn.group.discrete:
+                self._sample_discrete(turn, found)
+                continue
+            joints = self._new_joints(turn, found)
+            drawn = [self._sample_joint(joint, turn.group, found) for joint in joints]
+            tags = frozenset[str]().union(*(joint.tags for joint in joints))
+            self._note(joined(drawn), joints, tags)
         return self.values
 
     def place(self, pick: Callable[[VectorDistribution], Tensor]) -> dict[str, Tensor]:
         """Values without sampling: u of each group is what ``pick`` takes from its q."""
-        for index, part in enumerate(self.network.parts):
-            u = pick(self._conditional(index).distribution())
-            self.unconstrained.append(u)
-            found = self._masks(part.group)
-            for name in part.group.sites:
+        for turn in self.turns:
+            if not self._is_latent(turn.group):
+                self._note(self._observed(turn.group))
+                continue
+            u = pick(self._conditional(turn).distribution())
+            self._note(u)
+            found = self._masks(turn.group)
+            for name in turn.group.sites:
                 self._refresh({name})
-                own = u[..., slice(*part.group.bounds[name])]
+                own = u[..., slice(*turn.group.bounds[name])]
                 self.values[name] = piece(self.structure.latents[name], found).constrain(own)
         return self.values
 
+    def _note(self, u: Tensor | None, joints: Sequence[Joint] = (), tags: Tags = frozenset()) -> None:
+        self._u.append(u)
+        self._joints.append(list(joints))
+        self._tags.append(tags)
+
+    # --- what this call has of a group
+
+    def _is_latent(self, group: Group) -> bool:
+        """Whether the group is to be drawn.
+
+        Raises:
+            ValueError: this call samples some of its sites only.
+        """
+        there = [name in self.structure.latents for name in group.sites]
+        if all(there) or not any(there):
+            return there[0]
+        name = group.sites[there.index(False)]
+        raise ValueError(
+            f"{group} are drawn jointly, but this call of the model does not sample '{name}': give sites "
+            f"that are observed or absent in some calls a group of their own, with family={{'{name}': ...}}"
+        )
+
+    def _observed(self, group: Group) -> Tensor | None:
+        """U of a group that this call observes; None if the call does not have it at all."""
+        found = [self.structure.observed[name] for name in group.sites if name in self.structure.observed]
+        if len(found) < len(group.sites):
+            return None
+        return joined([site.unconstrained(self.args, self.kwargs) for site in found])
+
     # --- continuous groups
 
-    def _new_joints(self, index: int, group: Group, found: Masks) -> list[Joint]:
+    def _new_joints(self, turn: Turn, found: Masks) -> list[Joint]:
         """One joint draw for the group, or one per site where the family factorizes."""
-        conditional = self._conditional(index)
-        tags = self._upstream_tags(index)
-        if self.network.family(index).factorized:
+        group, family = turn.group, self.network.family(turn.part)
+        conditional = self._conditional(turn)
+        tags = self._upstream_tags(turn)
+        if family.factorized:
             return [
                 Joint(
                     conditional.distribution(found.scored, name),
                     {name: (0, stop - start)},
-                    partial(self._revised, index, name, found.scored),
+                    partial(self._revised, turn, name, found.scored),
                     tags,
                 )
                 for name, (start, stop) in group.bounds.items()
             ]
         self._check_scales(group)
         q = conditional.distribution(found.scored)
-        if self.network.family(index).stratified and is_enumerating(self.structure.depth):
+        if family.stratified and is_enumerating(self.structure.depth):
             q = cast("VectorMixture", q).stratum(self._sample_component(q, group, found))
-        return [Joint(q, group.bounds, partial(self._revised, index, None, found.scored), tags)]
+        return [Joint(q, group.bounds, partial(self._revised, turn, None, found.scored), tags)]
 
     def _sample_component(self, q: VectorDistribution, group: Group, found: Masks) -> Tensor:
         """Enumerate which component of a mixture a draw comes from."""
@@ -127,17 +171,17 @@ class Call:
         with self._inside(group.plates, found.shared, self.structure.latents[group.sites[0]].scale):
             return pyro.sample(name, component, infer=infer)
 
-    def _revised(self, index: int, name: str | None, scored: Tensor | None) -> VectorDistribution | None:
+    def _revised(self, turn: Turn, name: str | None, scored: Tensor | None) -> VectorDistribution | None:
         """Q of a group, or of one of its sites, at upstream values that changed since it was drawn."""
-        return self._conditional(index).distribution(scored, name) if self._upstream_changed(index) else None
+        return self._conditional(turn).distribution(scored, name) if self._upstream_changed(turn) else None
 
-    def _upstream_changed(self, index: int) -> bool:
-        upstream = self.network.parts[index].upstream
-        if not any(joint.changed for i in upstream for joint in self._joints[i]):
+    def _upstream_changed(self, turn: Turn) -> bool:
+        upstream = [at for at in self._upstream_turns(turn) if at is not None]
+        if not any(joint.changed for at in upstream for joint in self._joints[at]):
             return False
-        for i in upstream:
-            if self._joints[i]:
-                self.unconstrained[i] = joined([joint.unconstrained() for joint in self._joints[i]])
+        for at in upstream:
+            if self._joints[at]:
+                self._u[at] = joined([joint.unconstrained() for joint in self._joints[at]])
         return True
 
     def _sample_joint(self, joint: Joint, group: Group, found: Masks) -> Tensor:
@@ -153,33 +197,32 @@ class Call:
 
     # --- discrete groups
 
-    def _sample_discrete(self, index: int, group: Group, found: Masks) -> None:
+    def _sample_discrete(self, turn: Turn, found: Masks) -> None:
+        group = turn.group
         (name,) = group.sites
         latent = self.structure.latents[name]
         alphabet = cast("Alphabet", latent.alphabet)
-        conditional = self._conditional(index)
+        conditional = self._conditional(turn)
         mask = found.inner[name][0] if name in found.inner else None
 
         def revised() -> Any:
-            return self._conditional(index).table(alphabet, mask) if self._upstream_changed(index) else None
+            return self._conditional(turn).table(alphabet, mask) if self._upstream_changed(turn) else None
 
         site = DiscreteSite(
             conditional.table(alphabet, mask),
             alphabet.dtype,
             control=conditional.controlled,
-            tags=self._upstream_tags(index),
+            tags=self._upstream_tags(turn),
             revise=revised,
         )
         infer: Any = {}
-        if how := cast("BoundDiscrete", self.network.family(index)).enumerate:
+        if how := cast("BoundDiscrete", self.network.family(turn.part)).enumerate:
             is_enumerating(self.structure.depth)  # says what is missing
             infer = {"enumerate": how}
         with self._inside(group.plates, found.shared, latent.scale):
             value = pyro.sample(name, site, infer=infer)
         self.values[name] = value
-        self.unconstrained.append(latent.unconstrain(detach_provenance(value)))
-        self._joints.append([])
-        self._tags.append(site.tags | tags_of(value))
+        self._note(latent.unconstrain(detach_provenance(value)), tags=site.tags | tags_of(value))
 
     # --- what all groups need
 
@@ -197,30 +240,39 @@ class Call:
                 stack.enter_context(poutine.scale(scale=scale))
             yield
 
-    def _conditional(self, index: int) -> Conditional:
-        part = self.network.parts[index]
-        context = None
-        if part.source is not None and part.encoder is not None:
-            key = (part.encoder, id(part.source))
-            if key not in self._contexts:
-                self._contexts[key] = encode(
-                    self.network.encoders[part.encoder],
-                    part.source,
-                    self.structure,
-                    self.args,
-                    self.kwargs,
-                    self.indices,
-                    simulated=self.simulated,
-                )
-            context = self._contexts[key]
-        upstream = None
-        if part.upstream:
-            upstream = joined([self.unconstrained[i] for i in part.upstream])
-        return self.network.conditional(index, context, upstream, self.indices)
+    def _conditional(self, turn: Turn) -> Conditional:
+        contexts = [
+            self._encode(encoding).at(turn.step) for encoding in self.network.parts[turn.part].encodings
+        ]
+        context = joined(contexts) if contexts else None
+        values = [None if at is None else self._u[at] for at in self._upstream_turns(turn)]
+        upstream = self.network.upstream_values(turn.part, values, self.structure.plates)
+        return self.network.conditional(turn, context, upstream, self.indices)
 
-    def _upstream_tags(self, index: int) -> Tags:
-        upstream = self.network.parts[index].upstream
-        return frozenset().union(*(self._tags[i] for i in upstream))
+    def _encode(self, encoding: Encoding) -> Contexts:
+        """The contexts of this call, from one pass of the encoder."""
+        if encoding not in self._contexts:
+            self._contexts[encoding] = encode(
+                encoding,
+                self.network.encoders[encoding.encoder],
+                self.structure,
+                self.args,
+                self.kwargs,
+                self.indices,
+                steps=step_names(encoding, self.network.parts, self.turns),
+                outer=self.simulated or bool(outer_dims()),
+            )
+        return self._contexts[encoding]
+
+    def _upstream_turns(self, turn: Turn) -> list[int | None]:
+        """The turns whose values a group depends on, this step's first; None for what is not there."""
+        links = self.network.parts[turn.part].links
+        return [turn.before.get(i) for i in links.upstream] + [turn.previous.get(i) for i in links.previous]
+
+    def _upstream_tags(self, turn: Turn) -> Tags:
+        return frozenset[str]().union(
+            *(self._tags[at] for at in self._upstream_turns(turn) if at is not None)
+        )
 
     def _masks(self, group: Group) -> Masks:
         self._refresh(set(group.sites))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyro_guides.distributions import ControlVariate
-from pyro_guides.groups import Group
 from pyro_guides.network import Network
 from pyro_guides.structure import Graph, Structure
 
@@ -41,7 +40,7 @@ def add_control(network: Network, index: int) -> None:
 
 def local_dims(
     index: int,
-    groups: Sequence[Group],
+    sites: Sequence[Sequence[str]],
     links: Sequence[Sequence[int]],
     structure: Structure,
     graph: Graph,
@@ -52,7 +51,7 @@ def local_dims(
 
     Args:
         index: the group's position.
-        groups: all groups in the order of drawing.
+        sites: the latents of each group, in the order of drawing.
         links: the upstream groups of each, by position.
         structure: the model's structure.
         graph: the model's graph.
@@ -61,8 +60,8 @@ def local_dims(
     for other, upstream in enumerate(links):
         if drawn & set(upstream):
             drawn.add(other)
-    local = set(groups[index].plates)
-    for name in graph.descendants([name for i in drawn for name in groups[i].sites]):
+    local = set(structure.latents[sites[index][0]].plates)
+    for name in graph.descendants([name for i in drawn for name in sites[i]]):
         site = structure.latents.get(name) or structure.observed.get(name)
         local &= set(site.plates) if site is not None else set()  # what the model itself draws: unknown
     return tuple(plate.dim for plate in structure.plates_of(local))

@@ -3,20 +3,21 @@
 Continuous latents that share their plates form one group. A user who names a site in
 ``family={"site": ...}`` gives it a group of its own; a plate's name addresses all groups inside that plate.
 A discrete latent is a group of its own, too, and continuous ones behind it start a new group, so that they
-can depend on its value.
+can depend on its value. Names that run on with a number may form a *sequence*: one group per step, of which
+one template stands for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import Tensor
 
 from pyro_guides.distributions.sites import Piece
-from pyro_guides.structure import Latent, Structure
+from pyro_guides.structure import Latent, Structure, numbered, runs, title
 
 __all__ = ["Group", "Masks", "check_keys", "group_latents", "lookup", "masks", "piece"]
 
@@ -33,24 +34,43 @@ class Group:
         plates: the plates they share, leftmost dimension first.
         bounds: where each site lies in u: its first element and the one behind its last.
         discrete: whether it is one discrete latent, whose encoding takes the place of u.
+        running: whether it is the template of a sequence; its sites are the stems of names, then.
     """
 
     sites: tuple[str, ...]
     plates: tuple[str, ...]
     bounds: Mapping[str, tuple[int, int]]
     discrete: bool = False
+    running: bool = False
 
     @property
     def size(self) -> int:
         """D: how many unconstrained values one plate element has."""
         return max(stop for _, stop in self.bounds.values())
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users may call its sites."""
+        return tuple(map(title, self.sites)) if self.running else self.sites
+
+    def at(self, names: Sequence[str]) -> Group:
+        """The group of one step of a sequence, whose sites have these names."""
+        bounds = {name: self.bounds[stem] for stem, name in zip(self.sites, names, strict=True)}
+        return Group(tuple(names), self.plates, bounds, self.discrete)
+
     def __str__(self) -> str:
-        return "latents " + ", ".join(f"'{name}'" for name in self.sites)
+        return ("sequences " if self.running else "latents ") + ", ".join(f"'{n}'" for n in self.names)
 
 
-def group_latents(structure: Structure, alone: Sequence[str] = ()) -> list[Group]:
-    """Group latents by their plates; those named in ``alone`` keep to themselves.
+def group_latents(
+    structure: Structure, alone: Collection[str] = (), stems: Collection[str] = ()
+) -> list[Group]:
+    """Group latents by their plates.
+
+    Args:
+        structure: the model's structure.
+        alone: latents and titles of sequences that keep to themselves.
+        stems: beginnings of names that form a sequence.
 
     Raises:
         RuntimeError: the model has no latents.
@@ -61,20 +81,28 @@ def group_latents(structure: Structure, alone: Sequence[str] = ()) -> list[Group
             "obs= and is not hidden or enumerated"
         )
     members: dict[Any, list[Latent]] = {}
-    discrete_before = 0
+    discrete_before, seen = 0, set()
     for latent in structure.latents.values():
+        run = numbered(latent.name)
+        stem = run[0] if run is not None and run[0] in stems and latent.name not in alone else None
+        if stem in seen and stem is not None:
+            continue
+        seen.add(stem)
         discrete_before += latent.discrete
-        single = latent.name if latent.discrete or latent.name in alone else None
-        members.setdefault((latent.plates, discrete_before, single), []).append(latent)
-    return [_group(latents) for latents in members.values()]
+        name = latent.name if stem is None else title(stem)
+        single = name if latent.discrete or name in alone else None
+        steps = None if stem is None else tuple(runs(structure.latents)[stem])
+        members.setdefault((latent.plates, discrete_before, single, steps), []).append(latent)
+    return [_group(latents, running=key[-1] is not None) for key, latents in members.items()]
 
 
-def _group(latents: Sequence[Latent]) -> Group:
+def _group(latents: Sequence[Latent], *, running: bool) -> Group:
     bounds, start = {}, 0
     for latent in latents:
-        bounds[latent.name] = (start, start + latent.size)
+        name = cast("tuple[str, int]", numbered(latent.name))[0] if running else latent.name
+        bounds[name] = (start, start + latent.size)
         start += latent.size
-    return Group(tuple(bounds), latents[0].plates, bounds, discrete=latents[0].discrete)
+    return Group(tuple(bounds), latents[0].plates, bounds, latents[0].discrete, running)
 
 
 def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
@@ -85,7 +113,7 @@ def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
     """
     if not isinstance(choice, Mapping):
         return choice
-    for names, reason in ((group.sites, "are drawn jointly"), (group.plates, "lie in several plates")):
+    for names, reason in ((group.names, "are drawn jointly"), (group.plates, "lie in several plates")):
         found = [choice[name] for name in names if name in choice]
         if any(other is not found[0] for other in found):
             raise ValueError(
@@ -97,17 +125,15 @@ def lookup(choice: Mapping[str, T] | T | None, group: Group) -> T | None:
     return None
 
 
-def check_keys(choice: Any, structure: Structure, argument: str) -> None:
-    """Raise a ValueError if a dict names something that is neither a latent nor a latent's plate."""
-    if not isinstance(choice, Mapping):
+def check_keys(choice: Any, groups: Sequence[Group], argument: str, *, plates: bool = True) -> None:
+    """Raise a ValueError if ``choice`` names something that is no latent, sequence or latent's plate."""
+    if not isinstance(choice, (Mapping, Sequence)) or isinstance(choice, str):
         return
-    plates = {name for latent in structure.latents.values() for name in latent.plates}
-    unknown = [key for key in choice if key not in structure.latents and key not in plates]
-    if unknown:
-        raise ValueError(
-            f"{argument}={{...}} names {unknown}, but the model's latents are "
-            f"{list(structure.latents)} and their plates {sorted(plates)}"
-        )
+    latents = [name for group in groups for name in group.names]
+    known = {*latents, *(name for group in groups for name in group.plates if plates)}
+    if unknown := [key for key in choice if key not in known]:
+        hint = f" and their plates {sorted(known - set(latents))}" if plates else ""
+        raise ValueError(f"{argument} names {unknown}, but the model's latents are {latents}{hint}")
 
 
 @final

@@ -95,6 +95,8 @@ class AmortizedGuide(AutoGuide):
         inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
         amortize: Collection[str] | None = None,
         condition_on_upstream: bool = True,
+        order: Sequence[str] | None = None,
+        given: Mapping[str, Collection[str]] | None = None,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
         create_plates: Callable[..., Any] | None = None,
@@ -112,6 +114,8 @@ class AmortizedGuide(AutoGuide):
             inputs=inputs,
             amortize=amortize,
             condition_on_upstream=condition_on_upstream,
+            order=order,
+            given=given,
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
@@ -153,7 +157,7 @@ class AmortizedGuide(AutoGuide):
         if self.is_set_up:
             return self
         network, structure = build(self._plan, self.model, args, kwargs)
-        memory = Memory(self.model, args, kwargs, structure)
+        memory = Memory(self.model, args, kwargs, structure, network.stems, network.masked)
         if self.master is not None:
             self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
         self._memory = memory
@@ -313,7 +317,7 @@ class AmortizedGuide(AutoGuide):
             return dict(self.master().plates)
         plates = user_plates(self.create_plates, args, kwargs)
         names = {name for part in self.network.parts for name in part.group.plates}
-        for plate in structure.plates_of(names - plates.keys()):
+        for plate in structure.plates_of((names & structure.plates.keys()) - plates.keys()):
             plates[plate.name] = open_plate(plate, fresh=not settled and structure.static)
         return plates
 

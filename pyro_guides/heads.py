@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,16 @@ class Head(nn.Module, ABC):
     """
 
     learned_shape: tuple[int, ...] | None = None
+
+    @property
+    @abstractmethod
+    def start(self) -> Tensor:
+        """The initial location of the upstream values, ``(V,)``."""
+
+    @property
+    def known_sizes(self) -> Mapping[str, int]:
+        """How many elements it knows of each plate that the inputs lack."""
+        return {}
 
     @abstractmethod
     def like(self, width: int) -> Head:
@@ -74,6 +84,10 @@ class LearnedHead(Head):
         weight = self._take(self.weight, 2, indices)
         return bias + (weight @ (upstream - self.origin).unsqueeze(-1)).squeeze(-1)
 
+    @property
+    def start(self) -> Tensor:
+        return self.origin
+
     def like(self, width: int) -> LearnedHead:
         return LearnedHead(self.bias.new_zeros(*self.bias.shape[:-1], width), self.origin, self.dims)
 
@@ -93,9 +107,10 @@ class AmortizedHead(Head):
     r"""λ from an encoder's context: a linear map, starting at zero around the initial λ.
 
     What else is known - upstream values, and an embedding per element of plates that the inputs lack - is
-    mixed into the context by a residual block before the map, and joins it:
+    mixed into the context by a residual block before the map, and joins it. Elements i of plates that the
+    inputs lack also have an offset of their own:
 
-    .. math:: \lambda = b + W [h, e], \qquad h = c + W_2\, \mathrm{silu}(W_1 [c, e])
+    .. math:: \lambda = b + b_i + W [h, e], \qquad h = c + W_2\, \mathrm{silu}(W_1 [c, e])
 
     Args:
         context_size: C.
@@ -130,22 +145,39 @@ class AmortizedHead(Head):
         self.output = ScaledLinear(context_size + side, len(initial), zero=True, **options)
         with torch.no_grad():
             self.output.bias.copy_(initial)
+        shape = [1] * max((-dim for _, dim in lacking.values()), default=0)
+        for size, dim in lacking.values():
+            shape[dim] = size
+        self.offset = nn.Parameter(initial.new_zeros(*shape, len(initial))) if lacking else None
 
     def forward(self, context: Tensor, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
         """λ, ``(*batch, W)``, from context ``(..., C)`` and upstream values ``(..., V)``."""
         self._check(context)
         if self.inner is None or self.outer is None:
-            return self.output(context)
+            return cast("Tensor", self.output(context))
         side = self._side(upstream, indices)
         context, side = _broadcast([context, side])
         mixed = context + self.outer(silu(self.inner(torch.cat([context, side], dim=-1))))
-        return self.output(torch.cat([mixed, side], dim=-1))
+        parameters: Tensor = self.output(torch.cat([mixed, side], dim=-1))
+        return parameters if self.offset is None else parameters + self._own_offset(indices)
+
+    def _own_offset(self, indices: Mapping[str, Tensor]) -> Tensor:
+        offset = cast("Tensor", self.offset)
+        for name, dim in self.lacking.items():
+            if name in indices:
+                offset = offset.index_select(dim - 1, indices[name].to(offset.device))
+        return offset
+
+    @property
+    def start(self) -> Tensor:
+        return self.origin
+
+    @property
+    def known_sizes(self) -> Mapping[str, int]:
+        return {n: len(rows) for n, rows in zip(self.lacking, self.embeddings, strict=True)}
 
     def like(self, width: int) -> AmortizedHead:
-        lacking = {
-            name: (len(embedding), dim)
-            for (name, dim), embedding in zip(self.lacking.items(), self.embeddings, strict=True)
-        }
+        lacking = {name: (self.known_sizes[name], dim) for name, dim in self.lacking.items()}
         return AmortizedHead(self.context_size, self.output.bias.new_zeros(width), self.origin, lacking)
 
     def example(self) -> Tensor:
@@ -190,6 +222,14 @@ class PromotedHead(Head):
         """λ of the new family, from what the old head took."""
         converted: Tensor = self.convert(self.old(*inputs))
         return converted + self.change(*inputs)
+
+    @property
+    def start(self) -> Tensor:
+        return self.old.start
+
+    @property
+    def known_sizes(self) -> Mapping[str, int]:
+        return self.old.known_sizes
 
     def like(self, width: int) -> Head:
         return self.old.like(width)

@@ -1,24 +1,51 @@
-"""Which tensor an encoder reads for a group of latents, and how its rows line up with the plates.
+"""What an encoder reads for a group of latents.
 
 Inputs are found among the model's arguments - the float tensor whose leading dimensions are the group's
-plates - or come from a function of the user's. Every call checks them: a wrong row must stop the training
-with a sentence that says which one, not end up in the weights.
+plates - or come from a function of the user's, which may return
+
+* a tensor,
+* a dict of tensors, which are lined up and joined into one; a boolean one says what is there at all,
+* either of these and an integer tensor: the element of the group's plate that each row belongs to.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from pyro_guides.matching import leading_plates
 from pyro_guides.structure import Plate, Structure
 
-__all__ = ["Source", "check_finite", "find_source", "match_plates", "with_observations"]
+__all__ = ["Field", "Given", "Source", "find_source", "unpack", "with_observations"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Field:
+    """One tensor of an encoder's inputs, as it was when the guide was set up.
+
+    Attributes:
+        label: how error messages call it.
+        plates: the plates its leading dimensions belong to, leftmost first.
+        shape: its shape.
+        dtype: its dtype.
+        device: its device.
+    """
+
+    label: str
+    plates: tuple[str, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def feature_shape(self) -> torch.Size:
+        """The dimensions that belong to no plate."""
+        return self.shape[len(self.plates) :]
 
 
 @final
@@ -28,133 +55,157 @@ class Source:
 
     Attributes:
         label: how error messages call it.
-        get: from the model's arguments to the tensor.
-        plates: the plates its leading dimensions belong to, leftmost first.
-        feature_shape: its other dimensions.
-        dtype: its dtype.
-        device: its device.
+        get: from the model's arguments to the inputs.
+        fields: the tensors it returns, by name; the mask is not among them.
+        plates: the plates of all of them, leftmost first.
         argument: the model argument it is; None if it comes from a function of the user's.
+        site: the observed site whose value it is, if it is one; its mask says what is there.
+        ragged: whether an index says which element of the plate each row belongs to.
+        masked: whether a mask says what of it is there.
+        varies: whether the first of the features is a number of rows or steps, which may differ.
     """
 
     label: str
     get: Callable[..., Any]
+    fields: Mapping[str, Field]
     plates: tuple[str, ...]
-    feature_shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    argument: int | str | None
+    argument: int | str | None = None
+    site: str | None = None
+    ragged: bool = False
+    masked: bool = False
+    varies: bool = False
 
-    def rows(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        plates: Sequence[Plate],
-        indices: Mapping[str, Tensor],
-        *,
-        missing: Callable[[], bool],
-        simulated: bool = False,
-    ) -> Tensor:
-        """The inputs of this call, ``(*batch of the plates, *feature_shape)``, checked.
+    @property
+    def field(self) -> Field:
+        """The first of its tensors, of whose kind all are."""
+        return next(iter(self.fields.values()))
 
-        Args:
-            args: the model's arguments.
-            kwargs: the model's keyword arguments.
-            plates: this call's plates, in the order of ``self.plates``.
-            indices: the elements that subsampled plates take.
-            missing: whether NaN marks a missing value; only asked if there is one.
-            simulated: whether the model has drawn them itself, for particles side by side perhaps; then
-                they are laid out as its plates are.
-        """
-        x = as_float_tensor(self.get(*args, **kwargs), self.label)
-        self._check_kind(x)
-        row_dim = x.dim() - len(self.feature_shape)
-        # A data set taken as a whole may have any number of rows: what it is made of must stay the same.
-        fixed = slice(row_dim, None) if self.plates else slice(row_dim + 1, None)
-        if x.shape[fixed] != self.feature_shape[fixed.start - row_dim :]:
-            raise ValueError(
-                f"{self.label} has features of shape {tuple(x.shape[row_dim:])}, but the guide was set "
-                f"up with {tuple(self.feature_shape)}; give it the same features, or make a new guide"
-            )
-        if row_dim > len(plates) and not simulated:
-            raise self._wrong_shape(x)
-        if row_dim == len(plates):
-            x = _take_rows(x, plates, indices, self.label)
-        check_finite(x, self.label, missing=missing)
-        return x
+    def size(self, plate: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """How many elements of one of its plates a call's inputs have."""
+        tensors = unpack(self.get(*args, **kwargs), self.label).tensors
+        sizes = [
+            tensors[key].shape[f.plates.index(plate)] for key, f in self.fields.items() if plate in f.plates
+        ]
+        return sizes[0]
 
-    def as_rows(self, x: Tensor) -> Tensor:
-        """Inputs as an encoder takes them: ``(B, *features)``; a bare number is a row of one feature."""
-        return x.reshape(-1, *(self.feature_shape or (1,)))
+    def cut(self, plates: Collection[str]) -> Source:
+        """The same inputs, with trailing plates other than these taken for features."""
+        names = list(self.plates)
+        while names and names[-1] not in plates and not self.ragged:
+            names.pop()
+        fields = {
+            key: replace(field, plates=tuple(name for name in field.plates if name in names))
+            for key, field in self.fields.items()
+        }
+        return replace(self, plates=tuple(names), fields=fields)
 
-    def _wrong_shape(self, x: Tensor) -> ValueError:
-        return ValueError(
-            f"{self.label} has shape {tuple(x.shape)}, expected the plates {list(self.plates)} and then "
-            f"features of shape {tuple(self.feature_shape)}; give one row the shape (1, ...)"
-        )
 
-    def _check_kind(self, x: Tensor) -> None:
-        if x.dim() < len(self.plates) + len(self.feature_shape):
-            raise self._wrong_shape(x)
-        if x.dtype != self.dtype or x.device != self.device:
+@final
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a call's inputs hold.
+
+    Attributes:
+        tensors: float tensors by name.
+        mask: what of them is there; None if all is.
+        index: the element that each row belongs to; None if rows are laid out by plates.
+    """
+
+    tensors: Mapping[str, Tensor]
+    mask: Tensor | None = None
+    index: Tensor | None = None
+
+
+def unpack(value: Any, label: str) -> Given:
+    """Sort out what a user's function returned.
+
+    Raises:
+        TypeError: it is not one of the things that this module's documentation names.
+    """
+    index = None
+    if isinstance(value, tuple):
+        if len(value) != 2 or not _is_integer(value[1]):
             raise TypeError(
-                f"{self.label} is {x.dtype} on {x.device}, but the guide was set up with {self.dtype} "
-                f"on {self.device}; convert it with .to({self.device.type!r}, {self.dtype})"
+                f"{label} is a tuple, expected (features, index) with an integer tensor that says which "
+                "element of the plate each row belongs to; give several inputs as a dict"
             )
+        value, index = value
+    if not isinstance(value, Mapping):
+        return Given({"": _as_float_tensor(value, label)}, None, index)
+    masks = [item for item in value.values() if isinstance(item, Tensor) and item.dtype == torch.bool]
+    tensors = {
+        key: _as_float_tensor(item, f"{label}[{key!r}]")
+        for key, item in value.items()
+        if not any(item is mask for mask in masks)
+    }
+    if not tensors or len(masks) > 1:
+        raise TypeError(
+            f"{label} is a dict of {len(tensors)} float tensors and {len(masks)} boolean masks, expected at "
+            "least one float tensor and at most one mask, with True for what is there"
+        )
+    return Given(tensors, masks[0] if masks else None, index)
 
 
 def find_source(
     inputs: Callable[..., Any] | None,
-    plates: Sequence[Plate],
+    plates: Collection[str],
+    structure: Structure,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     group: str,
-    whole: bool,
+    allowed: Collection[str] | None = None,
+    preferred: str | None = None,
+    whole: bool = False,
 ) -> Source | None:
-    """The inputs of one group; None if the arguments hold nothing that lines up with its plates.
+    """The inputs of one group; None if the arguments hold no float tensor that has some of its plates.
 
     Args:
         inputs: the user's function of the model's arguments, if there is one.
-        plates: the group's plates, leftmost dimension first.
+        plates: the group's plates.
+        structure: the model's structure.
         args: the model's arguments.
         kwargs: the model's keyword arguments.
         group: how error messages call the group.
-        whole: whether inputs without plates will do (one data set in, one posterior out).
+        allowed: no other plates than these; any if None.
+        preferred: the plate that decides if several fit.
+        whole: whether inputs that have none of its plates will do.
 
     Raises:
         ValueError: several arguments fit, or the same dimension fits several plates.
         TypeError: the only argument that fits is not floating point.
     """
+
+    def lined_up(tensor: Tensor, label: str, argument: int | str | None = None) -> tuple[Plate, ...]:
+        return leading_plates(
+            tensor,
+            structure,
+            label,
+            wanted=plates,
+            allowed=allowed,
+            preferred=preferred,
+            argument=argument,
+        )
+
     if inputs is not None:
-        tensor = as_float_tensor(inputs(*args, **kwargs), f"inputs(...) for {group}")
-        matched = match_plates(tensor, plates, f"inputs(...) for {group}")
-        if not matched and not whole:
-            return None
-        return _source(f"inputs(...) for {group}", inputs, tensor, matched, None)
+        label = f"inputs(...) for {group}"
+        given = unpack(inputs(*args, **kwargs), label)
+        if given.index is not None:
+            return _ragged(label, inputs, given, plates, preferred, group)
+        source = _joint(label, inputs, {k: (x, lined_up(x, label)) for k, x in given.tensors.items()})
+        return replace(source, masked=given.mask is not None)
     named: dict[int | str, Any] = dict(enumerate(args))
     named.update(kwargs)
     tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    fits = {
-        key: match_plates(tensor, plates, _label(key)) if plates else () for key, tensor in tensors.items()
-    }
-    most = max(map(len, fits.values()), default=0)
-    if most == 0 and not whole:
+    fits = {key: lined_up(x, _label(key), key) for key, x in tensors.items()}
+    key = _best(tensors, fits, plates, group, whole=whole)
+    if key is None:
         return None
-    candidates = {key: tensors[key] for key, matched in fits.items() if len(matched) == most}
-    floating = {key: tensor for key, tensor in candidates.items() if tensor.is_floating_point()}
-    if not floating and candidates:
-        key, tensor = next(iter(candidates.items()))
-        raise TypeError(
-            f"{_label(key)} lines up with the plates of {group}, but it is {tensor.dtype} and "
-            f"encoders read floating point; write inputs=lambda *args: args[...].float(), or "
-            "amortize=() for learned parameters"
-        )
-    if len(floating) > 1:
-        _refuse_ambiguous(floating, group)
-    if not floating:
-        return None
-    key, tensor = next(iter(floating.items()))
-    return _source(_label(key), _getter(key), tensor, fits[key], key)
+    source = _joint(_label(key), _getter(key), {"": (tensors[key], fits[key])})
+    site = next((site for site in structure.observed.values() if site.argument == key), None)
+    if site is None:
+        return replace(source, argument=key)
+    return replace(source, argument=key, site=site.name, masked=site.mask is not None)
 
 
 def with_observations(
@@ -185,37 +236,69 @@ def with_observations(
     return tuple(positional), named
 
 
-def match_plates(tensor: Tensor, plates: Sequence[Plate], label: str) -> tuple[Plate, ...]:
-    """The plates that the leading dimensions of ``tensor`` are, as many as possible.
+def _best(
+    tensors: Mapping[int | str, Tensor],
+    fits: Mapping[int | str, tuple[Plate, ...]],
+    plates: Collection[str],
+    group: str,
+    *,
+    whole: bool,
+) -> int | str | None:
+    """The argument that has most of the group's plates."""
+    shared = {key: sum(plate.name in plates for plate in fit) for key, fit in fits.items()}
+    most = max(shared.values(), default=0)
+    if not most and not whole:
+        return None
+    candidates = {key: tensors[key] for key, count in shared.items() if count == most}
+    floating = {key: tensor for key, tensor in candidates.items() if tensor.is_floating_point()}
+    if not floating and candidates and most:
+        key, tensor = next(iter(candidates.items()))
+        raise TypeError(
+            f"{_label(key)} lines up with the plates of {group}, but it is {tensor.dtype} and "
+            f"encoders read floating point; write inputs=lambda *args: args[...].float(), or "
+            "amortize=() for learned parameters"
+        )
+    if len(floating) > 1:
+        _refuse_ambiguous(floating, group)
+    return next(iter(floating), None)
 
-    A dimension fits a plate if it has the plate's full size or the size of its batch.
 
-    Raises:
-        ValueError: different plates fit equally well.
-    """
-    for count in range(min(len(plates), tensor.dim()), 0, -1):
-        fitting = [
-            chosen
-            for chosen in combinations(plates, count)
-            if all(n in (p.size, p.batch) for n, p in zip(tensor.shape, chosen, strict=False))
-        ]
-        if len(fitting) > 1:
-            options = " or ".join(str([plate.name for plate in chosen]) for chosen in fitting)
-            raise ValueError(
-                f"{label} has shape {tuple(tensor.shape)}, whose leading dimensions may be the plates "
-                f"{options}; name them with amortize=[...], or give the plates different sizes"
-            )
-        if fitting:
-            return fitting[0]
-    return ()
+def _joint(
+    label: str, get: Callable[..., Any], tensors: Mapping[str, tuple[Tensor, tuple[Plate, ...]]]
+) -> Source:
+    fields, union = {}, {}
+    for key, (tensor, plates) in tensors.items():
+        names = tuple(plate.name for plate in plates)
+        union.update({plate.name: plate for plate in plates})
+        own = f"{label}[{key!r}]" if len(tensors) > 1 else label
+        fields[key] = Field(own, names, tensor.shape, tensor.dtype, tensor.device)
+    ordered = sorted(union.values(), key=lambda plate: plate.dim)
+    return Source(label, get, fields, tuple(plate.name for plate in ordered))
 
 
-def as_float_tensor(value: Any, label: str) -> Tensor:
-    """``value``, once it is known to be a tensor that an encoder can read.
+def _ragged(
+    label: str,
+    get: Callable[..., Any],
+    given: Given,
+    plates: Collection[str],
+    preferred: str | None,
+    group: str,
+) -> Source | None:
+    if not plates:
+        return None
+    if preferred is None and len(plates) > 1:
+        raise ValueError(
+            f"{label} comes with an index, but {group} lie in the plates {list(plates)}; say which one the "
+            f"index counts: inputs={{'{next(iter(plates))}': lambda *args: ...}}"
+        )
+    plate = next(iter(plates)) if preferred is None else preferred
+    fields = {
+        key: Field(label, (), x.shape[1:], x.dtype, x.device) for key, x in given.tensors.items() if x.dim()
+    }
+    return Source(label, get, fields, (plate,), ragged=True)
 
-    Raises:
-        TypeError: it is something else.
-    """
+
+def _as_float_tensor(value: Any, label: str) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{label} is a {type(value).__name__}, expected a torch.Tensor; convert it with "
@@ -226,63 +309,20 @@ def as_float_tensor(value: Any, label: str) -> Tensor:
     return value
 
 
-def check_finite(x: Tensor, label: str, *, missing: Callable[[], bool]) -> None:
-    """Raise a ValueError that names the first bad rows if ``x`` holds NaN or infinity.
-
-    One sum settles the good case; only a bad one is searched.
-    """
-    if math.isfinite(x.detach().sum().item()):
-        return
-    allowed = missing()
-    fine = ~x.isinf() if allowed else x.isfinite()
-    if bool(fine.all()):
-        return
-    bad = (~fine).reshape(x.shape[0] if x.dim() else 1, -1).any(-1).nonzero().flatten()
-    kind = "NaN" if not allowed and bool(x.isnan().any()) else "infinite values"
-    advice = "remove them" if allowed else "remove them, or declare NaN missing with MLP(missing=True)"
-    raise ValueError(
-        f"{label} holds {kind} in {len(bad)} of {x.shape[0] if x.dim() else 1} rows, the first ones "
-        f"{bad[:5].tolist()}; {advice}"
-    )
-
-
-def _take_rows(x: Tensor, plates: Sequence[Plate], indices: Mapping[str, Tensor], label: str) -> Tensor:
-    for dim, plate in enumerate(plates):
-        count = x.shape[dim]
-        if plate.subsampled and count == plate.size:
-            x = x.index_select(dim, indices[plate.name].to(x.device))
-        elif count != plate.batch:
-            whole = f" of {plate.size}" if plate.subsampled else ""
-            raise ValueError(
-                f"{label} has {count} rows in dimension {dim}, but plate '{plate.name}' has "
-                f"{plate.batch}{whole}; pass the plate's rows, or all of them"
-            )
-    return x
-
-
-def _source(
-    label: str,
-    get: Callable[..., Any],
-    tensor: Tensor,
-    plates: Sequence[Plate],
-    argument: int | str | None,
-) -> Source:
-    names = tuple(plate.name for plate in plates)
-    features = tensor.shape[len(names) :]
-    return Source(label, get, names, features, tensor.dtype, tensor.device, argument)
+def _is_integer(value: Any) -> bool:
+    kinds = (torch.bool, torch.uint8)
+    is_tensor = isinstance(value, Tensor) and value.dtype not in kinds
+    return is_tensor and not value.is_floating_point() and not value.is_complex()
 
 
 def _refuse_ambiguous(tensors: Mapping[int | str, Tensor], group: str) -> None:
     names = [f"{_label(key)} {tuple(tensor.shape)}" for key, tensor in tensors.items()]
-    most = max(tensor.dim() for tensor in tensors.values())
     picks = ", ".join(
-        (f"kwargs[{key!r}]" if isinstance(key, str) else f"args[{key}]")
-        + ("" if tensor.dim() == most else "[" + ", ".join(["...", *["None"] * (most - tensor.dim())]) + "]")
-        for key, tensor in tensors.items()
+        f"{key!r}: kwargs[{key!r}]" if isinstance(key, str) else f"'{key}': args[{key}]" for key in tensors
     )
     raise ValueError(
         f"several arguments line up with the plates of {group}: {'; '.join(names)}. Say what the "
-        f"encoder reads: inputs=lambda *args, **kwargs: torch.cat([{picks}], dim=-1), or one of them"
+        f"encoder reads: inputs=lambda *args, **kwargs: {{{picks}}}, or one of them"
     )
 
 

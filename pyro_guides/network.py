@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast, final
 
 import torch
@@ -16,14 +15,16 @@ from torch import Tensor, nn
 
 from pyro_guides.conditional import Conditional
 from pyro_guides.distributions import Alphabet, ControlVariate
-from pyro_guides.encoders import Standardize
+from pyro_guides.distributions.sites import joined
+from pyro_guides.encoding import Encoding
 from pyro_guides.families import BoundFamily, Family
 from pyro_guides.groups import Group
 from pyro_guides.heads import Head, held_fixed
-from pyro_guides.inputs import Source
-from pyro_guides.structure import Structure
+from pyro_guides.links import Links
+from pyro_guides.structure import Plate, Structure
+from pyro_guides.turns import Turn
 
-__all__ = ["Network", "Part", "encode"]
+__all__ = ["Network", "Part", "fold", "step_names"]
 
 
 @final
@@ -32,22 +33,31 @@ class Part:
     """What one group of latents was given when the guide was set up.
 
     Attributes:
-        group: the latents.
-        upstream: the groups, by position, whose values λ depends on.
-        source: where the encoder's inputs come from; None if λ is learned.
-        encoder: which encoder reads them, by position.
+        group: the latents, or the template of a sequence.
+        links: the groups whose values λ depends on.
+        encodings: what λ sees of the data: the group's own encoding first, then those of upper levels; none
+            if λ is learned.
         family: the family the user chose.
         alphabet: the values of a discrete latent.
         local: dimensions of the plates over which elements share no cost.
     """
 
     group: Group
-    upstream: tuple[int, ...]
-    source: Source | None
-    encoder: int | None
+    links: Links
+    encodings: tuple[Encoding, ...]
     family: Family
     alphabet: Alphabet | None
     local: tuple[int, ...]
+
+    @property
+    def upstream(self) -> tuple[int, ...]:
+        """The groups, by position, whose values λ depends on."""
+        return self.links.upstream + self.links.previous
+
+    @property
+    def encoder(self) -> int | None:
+        """Which encoder λ comes from, by position; None if λ is learned."""
+        return self.encodings[0].encoder if self.encodings else None
 
 
 @final
@@ -79,28 +89,48 @@ class Network(nn.Module):
         """The family of one group."""
         return cast("BoundFamily", self.families[index])
 
+    @property
+    def stems(self) -> list[str]:
+        """The beginnings of names that form a sequence."""
+        return [stem for part in self.parts if part.group.running for stem in part.group.sites]
+
+    @property
+    def masked(self) -> list[str]:
+        """The observed sites whose masks the encoders need: those with plates that have no contexts."""
+        encodings = [encoding for part in self.parts for encoding in part.encodings]
+        return [e.source.site for e in encodings if e.source.site is not None and e.masked]
+
     def check_learned(self, structure: Structure) -> None:
         """Raise a ValueError if a group learned per element meets other elements than it knows."""
         for index, part in enumerate(self.parts):
-            expected = self.head(index).learned_shape
-            if expected is None:
-                continue
+            head = self.head(index)
+            if not all(name in structure.plates for name in part.group.plates):
+                continue  # this call does not sample the group
             got = tuple(structure.batch_shape(part.group.plates, full=True))
-            if expected != got:
+            if head.learned_shape is not None and head.learned_shape != got:
                 raise ValueError(
                     f"{part.group} are learned per element of the plates {list(part.group.plates)}: the "
-                    f"guide was set up with shape {expected}, this call has {got}. Amortize them (pass "
-                    "an encoder's input as a float argument, or inputs=...) to serve other rows"
+                    f"guide was set up with shape {head.learned_shape}, this call has {got}. Amortize them "
+                    "(pass an encoder's input as a float argument, or inputs=...) to serve other rows"
                 )
+            for name, size in head.known_sizes.items():
+                plate = structure.plates[name]
+                now = plate.batch if plate.size == -1 else plate.size
+                if now != size:
+                    raise ValueError(
+                        f"{part.group} are learned per element of plate '{name}', which the encoder's inputs "
+                        f"lack: the guide was set up with {size} elements, this call has {now}"
+                    )
 
     def conditional(
         self,
-        index: int,
+        turn: Turn,
         context: Tensor | None,
         upstream: Tensor | None,
         indices: Mapping[str, Tensor],
     ) -> Conditional:
         """What one group's q depends on, given its context and upstream values."""
+        index = turn.part
         inputs = (upstream, indices) if context is None else (context, upstream, indices)
         parameters, twin = self._lambda_and_twin(index, inputs, has_upstream=upstream is not None)
         key, prediction = str(index), None
@@ -108,8 +138,32 @@ class Network(nn.Module):
             blind = (x.detach() if isinstance(x, Tensor) else x for x in inputs)  # to what it could teach
             prediction = self.predictors[key](*blind).squeeze(-1)
         control = cast("ControlVariate", self.controls[key]) if key in self.controls else None
-        bounds = self.parts[index].group.bounds
-        return Conditional(self.family(index), bounds, parameters, twin, control, prediction)
+        return Conditional(self.family(index), turn.group.bounds, parameters, twin, control, prediction)
+
+    def upstream_values(
+        self, index: int, values: Sequence[Tensor | None], plates: Mapping[str, Plate]
+    ) -> Tensor | None:
+        """What λ of one group sees of earlier groups, ``(..., V)``.
+
+        Args:
+            index: the group's position.
+            values: u of each group in ``links.upstream``, then of each in ``links.previous`` one step ago;
+                None for what this call does not have, which is taken at its origin.
+            plates: this call's plates.
+        """
+        if not values:
+            return None
+        links, origin = self.parts[index].links, self.head(index).start
+        pieces, start = [], 0
+        for other, u in zip((*links.upstream, *links.previous), values, strict=True):
+            folded = [plates[name] for name in links.folds.get(other, ())]
+            width = self.parts[other].group.size * math.prod(plate.size for plate in folded)
+            pieces.append(origin[start : start + width] if u is None else fold(u, folded))
+            start += width
+        if links.previous:  # says whether this is the first step
+            first = all(u is None for u in values[len(links.upstream) :])
+            pieces.append(origin.new_full((1,), float(first)))
+        return joined(pieces)
 
     def _lambda_and_twin(
         self, index: int, inputs: tuple[Any, ...], *, has_upstream: bool
@@ -128,59 +182,23 @@ class Network(nn.Module):
         return parameters, held_fixed(head, *fixed)
 
 
-def encode(
-    encoder: nn.Module,
-    source: Source,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    indices: Mapping[str, Tensor],
-    *,
-    simulated: bool = False,
-) -> Tensor:
-    """One pass of an encoder over this call's inputs: context ``(*batch, C)``, laid out as the plates.
-
-    Encoders see rows ``(B, *features)`` whatever the plates are, or one data set as it is.
-
-    Raises:
-        TypeError: the encoder returns no floating-point tensor.
-        ValueError: its context has another number of rows, or is not finite.
-    """
-    plates = [structure.plates[name] for name in source.plates]
-    missing = partial(declares_missing, encoder)
-    x = source.rows(args, kwargs, plates, indices, missing=missing, simulated=simulated)
-    batch = x.shape[: x.dim() - len(source.feature_shape)]
-    context = encoder(source.as_rows(x) if batch else x)
-    _check_context(context, batch.numel() if batch else None, encoder)
-    if not batch:
-        return context
-    if len(batch) == len(plates):
-        batch = structure.batch_shape(source.plates)
-    return context.reshape(*batch, context.shape[-1])
+def step_names(encoding: Encoding, parts: Sequence[Part], turns: Sequence[Turn]) -> list[str]:
+    """Of a sequence's encoding, one latent of each step."""
+    if encoding.offset is None:
+        return []
+    own = [turn for turn in turns if turn.step is not None and encoding in parts[turn.part].encodings]
+    return [turn.group.sites[0] for turn in own if turn.part == own[0].part]
 
 
-def declares_missing(encoder: nn.Module) -> bool:
-    """Whether the encoder, or a ``Standardize`` in it, takes NaN for a missing value."""
-    own = getattr(encoder, "missing", False)
-    return bool(own) or any(isinstance(m, Standardize) and m.missing for m in encoder.modules())
-
-
-def _check_context(context: Any, rows: int | None, encoder: nn.Module) -> None:
-    name = type(encoder).__name__
-    expected = "(C,), one for the whole data set" if rows is None else f"({rows}, C), one per row"
-    if not isinstance(context, Tensor) or not context.is_floating_point():
-        got = context.dtype if isinstance(context, Tensor) else type(context).__name__
-        raise TypeError(
-            f"encoder {name} returned {got}, expected one float tensor of shape {expected}; wrap it in "
-            "a module that returns the tensor to condition on"
-        )
-    if context.dim() != (1 if rows is None else 2) or (rows is not None and len(context) != rows):
-        raise ValueError(
-            f"encoder {name} returned contexts of shape {tuple(context.shape)}, expected {expected}"
-        )
-    # A sum settles it, unless it overflows itself.
-    if not math.isfinite(context.detach().sum().item()) and not bool(context.isfinite().all()):
-        raise ValueError(
-            f"encoder {name} returned NaN or infinite values for finite inputs; its weights may have "
-            "diverged: lower the learning rate or clip gradients"
-        )
+def fold(u: Tensor, plates: Sequence[Plate]) -> Tensor:
+    """Lay the elements of some plates side by side in the last dimension; in their place comes a 1."""
+    for plate in plates:
+        dim = plate.dim - 1
+        if -dim > u.dim():
+            u = u.reshape(*[1] * (-dim - u.dim()), *u.shape)
+        shape = list(u.shape)
+        shape[dim] = plate.batch
+        u = u.expand(shape).movedim(dim, -2)
+        shape[dim], shape[-1] = 1, shape[-1] * plate.batch
+        u = u.reshape(shape)
+    return u

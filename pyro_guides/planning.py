@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from numbers import Real
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.amortizing import Amortizer, Choice
 from pyro_guides.controls import add_control, local_dims
 from pyro_guides.distributions import Alphabet
-from pyro_guides.encoders import MLP
+from pyro_guides.encoding import Encoding, encode, standardize
 from pyro_guides.families import SMALLEST_SCALE, BoundFamily, Discrete, Family, FullRankNormal
 from pyro_guides.groups import Group, check_keys, group_latents, lookup
 from pyro_guides.heads import AmortizedHead, Head, LearnedHead
-from pyro_guides.inputs import Source, check_finite, find_source
-from pyro_guides.network import Network, Part, encode
-from pyro_guides.structure import Graph, Structure, dependencies, read, upstream
+from pyro_guides.inputs import Source
+from pyro_guides.links import Links, Wishes, in_order, link_groups
+from pyro_guides.network import Network, Part, fold, step_names
+from pyro_guides.structure import Structure, dependencies, read
+from pyro_guides.turns import Turn, take_turns
 
 __all__ = ["Plan", "bind", "build", "family_for"]
 
@@ -35,6 +37,8 @@ class Plan:
     inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None
     amortize: Collection[str] | None
     condition_on_upstream: bool
+    order: Sequence[str] | None
+    given: Mapping[str, Collection[str]] | None
     init_loc_fn: Callable[..., Any]
     init_scale: float
 
@@ -58,69 +62,129 @@ class Plan:
             raise TypeError(f"init_scale must be a number, got {scale!r}")
         if not SMALLEST_SCALE < float(scale) < float("inf"):
             raise ValueError(f"init_scale must be positive, above {SMALLEST_SCALE}, got {scale!r}")
+        if self.order is not None and (not isinstance(self.order, Sequence) or not _is_names(self.order)):
+            raise TypeError(f"order must be a list of names of latents, got {self.order!r}")
+        if self.given is not None and not (
+            isinstance(self.given, Mapping)
+            and _is_names(self.given)
+            and all(map(_is_names, self.given.values()))
+        ):
+            raise TypeError(
+                f"given must be a dict from names of latents to lists of names of latents, got {self.given!r}"
+            )
+
+    @property
+    def choice(self) -> Choice:
+        """What the user chose about encoders."""
+        return Choice(self.encoder, self.inputs, self.amortize)
+
+    @property
+    def wishes(self) -> Wishes:
+        """What the user wants of the order of drawing."""
+        return Wishes(self.order, self.given or {}, self.condition_on_upstream)
 
 
 def build(
     plan: Plan, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Network, Structure]:
     """Read the model and build the network; returns it with the structure that was read."""
-    structure = read(model, args, kwargs, init=plan.init_loc_fn)
-    _check_names(plan, structure)
-    alone = [name for name in _keys(plan.family) if name in structure.latents]
-    groups = group_latents(structure, alone)
-
-    @cache
-    def graph() -> Graph:
-        return dependencies(model, args, kwargs)
-
-    links = _links(plan, groups, graph)
-    sources = _sources(plan, groups, structure, args, kwargs)
-    encoders: list[nn.Module] = []
-    parts: list[Part] = []
-    for index, (group, source) in enumerate(zip(groups, sources, strict=True)):
-        encoder = None if source is None else _encoder(plan, group, source, encoders, parts)
+    read_structure = read(model, args, kwargs, init=plan.init_loc_fn)
+    if not read_structure.latents:
+        group_latents(read_structure)  # says what is missing
+    structure = in_order(read_structure, plan.wishes)
+    graph = dependencies(model, args, kwargs)
+    amortizer = Amortizer(plan.choice, structure, args, kwargs)
+    alone = [*_keys(plan.family), *plan.wishes.given]
+    groups = group_latents(structure, alone, amortizer.stems(graph, alone))
+    _check_names(plan, groups)
+    encodings = amortizer.encodings(groups)
+    data_plates = {name for encoding in encodings if encoding for name in encoding.source.plates}
+    links = link_groups(groups, structure, graph, plan.wishes, data_plates)
+    turns = take_turns(groups, structure)
+    sites = [
+        [name for turn in turns if turn.part == i for name in turn.group.sites] for i in range(len(groups))
+    ]
+    parts = []
+    for index, group in enumerate(groups):
+        first = next(turn.group for turn in turns if turn.part == index)
         family = family_for(group, plan.family, Discrete() if group.discrete else FullRankNormal())
-        alphabet = structure.latents[group.sites[0]].alphabet
-        local = local_dims(index, groups, links, structure, graph())
-        parts.append(Part(group, links[index], source, encoder, family, alphabet, local))
-    network = Network(parts, encoders, structure.depth)
-    locs = [_initial_loc(group, structure) for group in groups]
+        alphabet = structure.latents[first.sites[0]].alphabet
+        local = local_dims(index, sites, [link.upstream + link.previous for link in links], structure, graph)
+        seen = _encodings_of(index, groups, encodings, links)
+        parts.append(Part(group, links[index], seen, family, alphabet, local))
+    network = Network(parts, amortizer.encoders, structure.depth)
+    locs = [_initial_loc(next(t.group for t in turns if t.part == i), structure) for i in range(len(groups))]
     # A rehearsal on copies: lazy layers of the user's encoders must not keep what a bad input left there.
-    contexts = _contexts(parts, copy.deepcopy(encoders), structure, args, kwargs)
+    contexts = _contexts(parts, turns, copy.deepcopy(amortizer.encoders), structure, args, kwargs)
     for part, loc in zip(parts, locs, strict=True):
-        _add_head(network, part, loc, [locs[i] for i in part.upstream], contexts, structure, plan)
+        _add_head(network, part, loc, _origin(part, locs, structure), contexts, structure, plan)
     for index in range(len(parts)):
         add_control(network, index)
-    _contexts(parts, encoders, structure, args, kwargs)
-    return network, structure
+    _contexts(parts, turns, amortizer.encoders, structure, args, kwargs)
+    return network, read_structure
+
+
+def _encodings_of(
+    index: int,
+    groups: Sequence[Group],
+    encodings: Sequence[Encoding | None],
+    links: Sequence[Links],
+) -> tuple[Encoding, ...]:
+    """A group's own encoding, and those of upper levels whose values it depends on but does not see."""
+    own = encodings[index]
+    if own is None:
+        return ()
+    found = [own]
+    for other in sorted(links[index].relevant):
+        upper = encodings[other]
+        if (
+            upper is not None
+            and upper not in found
+            and upper.offset is None
+            and set(groups[other].plates) < set(groups[index].plates)
+        ):
+            found.append(upper)
+    return tuple(found)
+
+
+def _origin(part: Part, locs: Sequence[Tensor], structure: Structure) -> Tensor:
+    """Where what a group depends on starts, ``(V,)``."""
+    pieces = []
+    for other in part.links.upstream:
+        plates = structure.plates_of(part.links.folds.get(other, ()))
+        pieces.append(_mean(fold(locs[other], plates)))
+    pieces += [_mean(locs[other]) for other in part.links.previous]
+    if part.links.previous:
+        pieces.append(locs[0].new_zeros(1))
+    return torch.cat(pieces) if pieces else locs[0].new_zeros(0)
 
 
 def _add_head(
     network: Network,
     part: Part,
     loc: Tensor,
-    upstream_locs: list[Tensor],
-    contexts: Mapping[tuple[int, int], Tensor],
+    origin: Tensor,
+    contexts: Mapping[Encoding, Tensor],
     structure: Structure,
     plan: Plan,
 ) -> None:
     family = bind(part.family, part.group, part.alphabet).to(loc.device, loc.dtype)
-    origin = torch.cat([_mean(x) for x in upstream_locs]) if upstream_locs else loc.new_zeros(0)
     plates = structure.plates_of(part.group.plates)
     head: Head
-    if part.source is None or part.encoder is None:
+    if not part.encodings:
         initial = family.initial(_to_full_size(loc, part.group, structure), plan.init_scale)
-        head = LearnedHead(initial, origin, {plate.name: plate.dim for plate in plates})
+        head = LearnedHead(initial, origin.to(initial), {plate.name: plate.dim for plate in plates})
     else:
-        context = contexts[part.encoder, id(part.source)]
-        _check_dtype(part, loc, context)
+        for encoding in part.encodings:
+            _check_dtype(part, encoding.source, loc, contexts[encoding])
         lacking = {
             plate.name: (plate.batch if plate.size == -1 else plate.size, plate.dim)
             for plate in plates
-            if plate.name not in part.source.plates
+            if plate.name not in part.encodings[0].plates
         }
         initial = family.initial(_mean(loc), plan.init_scale)
-        head = AmortizedHead(context.shape[-1], initial, origin, lacking)
+        size = sum(contexts[encoding].shape[-1] for encoding in part.encodings)
+        head = AmortizedHead(size, initial, origin.to(initial), lacking)
     network.heads.append(head)
     network.families.append(family)
 
@@ -151,121 +215,23 @@ def bind(family: Family, group: Group, alphabet: Alphabet | None) -> BoundFamily
 
 def _contexts(
     parts: Sequence[Part],
+    turns: Sequence[Turn],
     encoders: Sequence[nn.Module],
     structure: Structure,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[tuple[int, int], Tensor]:
+) -> dict[Encoding, Tensor]:
     """One pass of every encoder, which also lets lazy layers find their sizes and statistics."""
     indices = {n: p.indices for n, p in structure.plates.items() if p.indices is not None}
-    contexts: dict[tuple[int, int], Tensor] = {}
-    for part in parts:
-        if part.source is None or part.encoder is None:
-            continue
-        key = (part.encoder, id(part.source))
-        if key not in contexts:
-            encoder = encoders[part.encoder]
-            with torch.no_grad():
-                _standardize_with_all_rows(encoder, part.source, args, kwargs)
-                contexts[key] = encode(encoder, part.source, structure, args, kwargs, indices)
+    contexts: dict[Encoding, Tensor] = {}
+    for encoding in dict.fromkeys(encoding for part in parts for encoding in part.encodings):
+        encoder = encoders[encoding.encoder]
+        with torch.no_grad():
+            standardize(encoding, encoder, structure, args, kwargs)
+            steps = step_names(encoding, parts, turns)
+            encoded = encode(encoding, encoder, structure, args, kwargs, indices, steps=steps)
+            contexts[encoding] = encoded.values
     return contexts
-
-
-def _standardize_with_all_rows(
-    encoder: nn.Module, source: Source, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Statistics come from every row at hand, even if the model subsamples them."""
-    if isinstance(encoder, MLP) and encoder.standardize.mean is None and source.plates:
-        x: Tensor = source.get(*args, **kwargs)
-        check_finite(x, source.label, missing=lambda: encoder.standardize.missing)
-        encoder.standardize.fit(source.as_rows(x).flatten(1))
-
-
-def _sources(
-    plan: Plan,
-    groups: list[Group],
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> list[Source | None]:
-    found = [_source(plan, group, structure, args, kwargs, whole=False) for group in groups]
-    if not any(found) and plan.amortize is None and plan.encoder is not None:
-        # Nothing lines up with a plate: the data set as a whole is the datum.
-        found = [_source(plan, group, structure, args, kwargs, whole=True) for group in groups]
-        if not any(found):
-            raise ValueError(
-                "an encoder was given, but the model's arguments hold no float tensor for it to read; "
-                "write inputs=lambda *args, **kwargs: ..."
-            )
-    if not any(found) and plan.inputs is not None:
-        shapes = [tuple(function(*args, **kwargs).shape) for function in _items(plan.inputs)]
-        raise ValueError(
-            f"inputs(...) of shape {', '.join(map(str, shapes))} line up with none of the latents' plates "
-            f"{[(plate.name, plate.batch) for plate in structure.plates.values()]}; return one row per plate "
-            "element, or give an encoder of whole data sets, too"
-        )
-    shared: dict[Any, Source] = {}
-    for index, source in enumerate(found):
-        if source is not None:
-            origin = source.get if source.argument is None else source.argument
-            found[index] = shared.setdefault((origin, source.plates), source)
-    return found
-
-
-def _source(
-    plan: Plan,
-    group: Group,
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    whole: bool,
-) -> Source | None:
-    named = plan.amortize is not None and any(name in plan.amortize for name in group.plates)
-    if plan.amortize is not None and not named:
-        return None
-    plates = structure.plates_of(group.plates)
-    if plan.amortize is not None:
-        plates = [plate for plate in plates if plate.name in plan.amortize]
-    inputs = lookup(plan.inputs, group)
-    source = find_source(inputs, plates, args, kwargs, group=str(group), whole=whole)
-    if source is None and (named or (isinstance(plan.inputs, Mapping) and inputs is not None)):
-        raise ValueError(
-            f"{group} are to be amortized, but no float tensor lines up with their plates "
-            f"{[(plate.name, plate.batch) for plate in plates]}; write inputs=lambda *args, **kwargs: "
-            "..., returning one row per plate element"
-        )
-    return source
-
-
-def _encoder(plan: Plan, group: Group, source: Source, encoders: list[nn.Module], parts: list[Part]) -> int:
-    """The position of the group's encoder; the default one is shared by groups of one source."""
-    encoder = lookup(plan.encoder, group)
-    if encoder is None:
-        for part in parts:
-            if part.source is source and lookup(plan.encoder, part.group) is None:
-                return cast("int", part.encoder)
-        encoder = MLP()
-    for index, other in enumerate(encoders):
-        if other is encoder:
-            return index
-    encoders.append(encoder)
-    return len(encoders) - 1
-
-
-def _links(
-    plan: Plan,
-    groups: list[Group],
-    graph: Callable[[], Graph],
-) -> list[tuple[int, ...]]:
-    """For each group, the earlier groups its λ depends on: relevant ones, in plates it shares."""
-    if len(groups) == 1 or not plan.condition_on_upstream:
-        return [()] * len(groups)
-    relevant = upstream([group.sites for group in groups], graph().neighbours)
-    return [
-        tuple(i for i in sorted(links) if set(groups[i].plates) <= set(group.plates))
-        for group, links in zip(groups, relevant, strict=True)
-    ]
 
 
 def _initial_loc(group: Group, structure: Structure) -> Tensor:
@@ -303,12 +269,9 @@ def _mean(loc: Tensor) -> Tensor:
     return loc.reshape(-1, loc.shape[-1]).mean(0)
 
 
-def _check_dtype(part: Part, loc: Tensor, context: Tensor) -> None:
-    source = cast("Source", part.source)  # only amortized parts come here
-    kinds = {
-        source.label: (source.dtype, source.device),
-        "the encoder's context": (context.dtype, context.device),
-    }
+def _check_dtype(part: Part, source: Source, loc: Tensor, context: Tensor) -> None:
+    kinds = {field.label: (field.dtype, field.device) for field in source.fields.values()}
+    kinds["the encoder's context"] = (context.dtype, context.device)
     for what, (dtype, device) in kinds.items():
         if dtype != loc.dtype or device != loc.device:
             raise TypeError(
@@ -317,12 +280,13 @@ def _check_dtype(part: Part, loc: Tensor, context: Tensor) -> None:
             )
 
 
-def _check_names(plan: Plan, structure: Structure) -> None:
-    check_keys(plan.family, structure, "family")
-    check_keys(plan.encoder, structure, "encoder")
-    check_keys(plan.inputs, structure, "inputs")
+def _check_names(plan: Plan, groups: Sequence[Group]) -> None:
+    for argument in ("family", "encoder", "inputs"):
+        check_keys(getattr(plan, argument), groups, f"{argument}={{...}}")
+    wished = [name for key, names in plan.wishes.given.items() for name in (key, *names)]
+    check_keys(wished, groups, "given={...}", plates=False)
     if plan.amortize is not None:
-        plates = {name for latent in structure.latents.values() for name in latent.plates}
+        plates = {name for group in groups for name in group.plates}
         if unknown := [name for name in plan.amortize if name not in plates]:
             raise ValueError(
                 f"amortize={list(plan.amortize)} names {unknown}, but the latents' plates are "

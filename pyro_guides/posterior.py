@@ -213,12 +213,12 @@ class Posterior:
 
     def _has_all_rows(self, plate: Plate) -> bool:
         """Whether λ of every latent in the plate is to be had for every element."""
-        counts = [
-            part.source.get(*self.args, **self.kwargs).shape[part.source.plates.index(plate.name)]
-            for part in self.guide.network.parts
-            if part.source is not None and plate.name in part.source.plates
-        ]
-        return all(count == plate.size for count in counts)
+        sources = {part.encodings[0].source for part in self.guide.network.parts if part.encodings}
+        return all(
+            source.size(plate.name, self.args, self.kwargs) == plate.size
+            for source in sources
+            if plate.name in source.plates and not source.ragged
+        )
 
     @cached_property
     def _guide_pass(self) -> tuple[dict[str, Tensor], Tensor]:

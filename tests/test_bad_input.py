@@ -123,7 +123,7 @@ GUIDES = {
     "inputs": (rows, lambda: {"inputs": lambda x: x[:8]}, lambda g: g(X)),
     "grid": (grid, dict, lambda g: g(X)),
     "computed": (computed, dict, lambda g: g(X)),
-    "whole": (one(), lambda: {"encoder": nn.Sequential(nn.Flatten(0), nn.Linear(24, 4))}, lambda g: g(X)),
+    "whole": (one(), lambda: {"encoder": nn.Sequential(nn.Flatten(), nn.Linear(24, 4))}, lambda g: g(X)),
     "plates": (rows, lambda: {"create_plates": plates}, lambda g: g(X)),
 }
 # name: guide, phases (a bad first call, a bad later call), bad call, error, message
@@ -160,7 +160,7 @@ CALLS = {
     "other rows, learned": ("learned", "l", lambda g: g(X[:5]), ValueError,
         "latents 'z', 's' are learned per element of the plates ['data'] ... (8,) ... (5,) ... Amortize"),
     "ambiguous": ("rows", "f", lambda g: g(X, y=X), ValueError,
-        "argument 0 (8, 3); argument 'y' (8, 3) ... inputs= ... torch.cat([args[0], kwargs['y']], dim=-1)"),
+        "argument 0 (8, 3); argument 'y' (8, 3) ... inputs= ... {'0': args[0], 'y': kwargs['y']}"),
     "no tensor": ("subsampled", "l", lambda g: g(list(X)), TypeError,
         "argument 0 is a list, expected a torch.Tensor"),
     "keyword missing": ("keyword", "l", lambda g: g(X), TypeError,
@@ -194,7 +194,7 @@ CALLS = {
     "model raises": ("rows", "fl", lambda g: g(X, fault="raise"), LookupError, "the model's own error"),
     "model divides": ("rows", "fl", lambda g: g(X, fault="divide"), ZeroDivisionError, "by zero"),
     "latent gone": ("rows", "l", lambda g: g(X, fault="gone"), ValueError,
-        "latents ['s'] ... does not sample them ... another guide"),
+        "'z', 's' are drawn jointly ... does not sample 's' ... family={'s': ...}"),
     "latent new": ("rows", "l", lambda g: g(X, fault="new"), ValueError,
         "latents ['new'] ... not there when the guide was set up"),
     "scales": ("rows", "l", lambda g: g(X, fault="scale"), ValueError,

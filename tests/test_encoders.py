@@ -11,7 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, Standardize, optim
+from pyro_guides import MLP, AmortizedGuide, DeepSet, DiagonalNormal, Standardize, optim
 from pyro_guides.layers import ScaledLinear
 
 NAN = float("nan")
@@ -335,17 +335,17 @@ def test_default_encoder_is_shared_by_groups_of_one_input():
     guide = AmortizedGuide(nested).setup(torch.randn(6, 5))  # rows, and single cells
     assert guide.network.training
     assert not AmortizedGuide(nested).eval().setup(torch.randn(6, 5)).network.training
-    assert [type(e) for e in guide.network.encoders] == [MLP, MLP]
+    assert {type(e) for e in guide.network.encoders} == {MLP, DeepSet}
 
 
-class DeepSet(nn.Module):
+class MeanOfRows(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner, self.outer, self.shapes = nn.LazyLinear(8), nn.Linear(8, 4), []
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape))
-        return self.outer(torch.tanh(self.inner(x)).mean(0))
+        return self.outer(torch.tanh(self.inner(x)).mean(1))
 
 
 def test_encoder_of_the_whole_data_set():
@@ -354,13 +354,13 @@ def test_encoder_of_the_whole_data_set():
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(mean, 1.0).to_event(1), obs=x)
 
-    encoder, x = DeepSet(), torch.randn(20, 3)
+    encoder, x = MeanOfRows(), torch.randn(20, 3)
     guide = AmortizedGuide(model, encoder)
     svi = SVI(model, guide, optim.Adam({"lr": 0.02}), Trace_ELBO())
     for n in (20, 7, 20):
         svi.step(x[:n])
     assert guide(x)["mean"].shape == (3,)
-    assert encoder.shapes == [(20, 3), (20, 3), (7, 3), (20, 3), (20, 3)]
+    assert encoder.shapes == [(1, 20, 3), (1, 20, 3), (1, 7, 3), (1, 20, 3), (1, 20, 3)]
     order = torch.randperm(20)
     torch.testing.assert_close(guide.median(x)["mean"], guide.median(x[order])["mean"])
     assert not torch.allclose(guide.median(x)["mean"], guide.median(x[:7])["mean"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -117,11 +117,36 @@ class Latent:
 @final
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """An observed site: its plates, and the model argument that is its value, if one is."""
+    """An observed site.
+
+    Attributes:
+        name: its name.
+        plates: the names of its plates, leftmost dimension first.
+        argument: the model argument that is its value; None if its value is computed.
+        event_dim: how many dimensions one value has.
+        mask: the model's mask on it; None if there is none.
+        latent: what the site is in calls that do not observe it; None if all do.
+        value: its value, if it is computed and the site is latent in other calls.
+    """
 
     name: str
     plates: tuple[str, ...]
     argument: int | str | None
+    event_dim: int = 0
+    mask: Tensor | bool | None = None
+    latent: Latent | None = None
+    value: Tensor | None = None
+
+    def unconstrained(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The unconstrained value of a site that is latent in other calls, ``(*batch, size)``."""
+        value = self.value
+        if isinstance(self.argument, int):
+            value = args[self.argument]
+        elif self.argument is not None:
+            value = kwargs[self.argument]
+        if value is None or self.latent is None:
+            raise TypeError(f"site '{self.name}' is observed in every call")
+        return self.latent.unconstrain(value)
 
 
 @final
@@ -177,7 +202,8 @@ class Structure:
 
     def without_values(self) -> Structure:
         """The structure alone, to be kept without the tensors it was read with."""
-        return replace(self, values={})
+        observed = {name: replace(site, mask=None, value=None) for name, site in self.observed.items()}
+        return replace(self, values={}, observed=observed)
 
 
 def is_one(scale: float | Tensor) -> bool:

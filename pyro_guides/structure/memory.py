@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, final
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_guides.structure.changes import signature
 from pyro_guides.structure.dependencies import live_sites
 from pyro_guides.structure.description import Structure
+from pyro_guides.structure.numbering import numbered
 from pyro_guides.structure.reading import read
 
 __all__ = ["Memory"]
@@ -28,11 +29,21 @@ class Memory:
         args: the arguments it was first read with.
         kwargs: the keyword arguments it was first read with.
         structure: the structure that was found.
+        stems: beginnings of names that run on with a number; how many there are may differ from call to call.
+        masked: the observed sites whose masks the encoders need.
     """
 
     def __init__(
-        self, model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], structure: Structure
+        self,
+        model: Model,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        structure: Structure,
+        stems: Collection[str] = (),
+        masked: Collection[str] = (),
     ) -> None:
+        self.stems = frozenset(stems)
+        self.masked = frozenset(masked)
         self.latents = tuple(structure.latents)
         self.observed = frozenset(structure.observed)
         changeable = not all(latent.fixed for latent in structure.latents.values())
@@ -41,6 +52,11 @@ class Memory:
         # None marks a signature whose structure may differ from call to call.
         self._known: OrderedDict[Hashable, Structure | None] = OrderedDict()
         self._remember(signature(model, args, kwargs), structure)
+
+    def knows(self, name: str) -> bool:
+        """Whether a site was a latent when the guide was set up, or goes on with its numbers."""
+        run = numbered(name)
+        return name in self.latents or (run is not None and run[0] in self.stems)
 
     def structure(
         self,
@@ -68,7 +84,7 @@ class Memory:
             return known
         model = require(model)
         if complete or (key is not None and key not in self._known):
-            structure = read(model, args, kwargs)
+            structure = read(model, args, kwargs, known=self.knows)
             self._check(structure)
             self._remember(key, structure)
         else:
@@ -85,24 +101,21 @@ class Memory:
         given: Mapping[str, Tensor] | None = None,
         indices: Mapping[str, Tensor] | None = None,
     ) -> Structure:
-        """Read the model up to its last latent, at given values and elements of plates."""
-        return read(model, args, kwargs, given=given, indices=indices, until=self.latents)
+        """Read the model as far as the guide needs it, at given values and elements of plates."""
+        until = None if self.stems else {*self.latents, *self.masked}
+        return read(model, args, kwargs, given=given, indices=indices, until=until, known=self.knows)
 
     def _remember(self, key: Hashable | None, structure: Structure) -> None:
         if key is None:
             return
-        self._known[key] = structure.without_values() if structure.static else None
+        masks = [structure.observed[name].mask for name in self.masked if name in structure.observed]
+        static = structure.static and all(mask is None for mask in masks)
+        self._known[key] = structure.without_values() if static else None
         while len(self._known) > _CAPACITY:
             self._known.popitem(last=False)
 
     def _check(self, structure: Structure) -> None:
-        if missing := [name for name in self.latents if name not in structure.latents]:
-            raise ValueError(
-                f"the guide was set up with the latents {missing}, but this call of the model does not "
-                "sample them; make another guide for this use of the model"
-            )
-        known = {*self.latents, *self.observed}
-        if new := [name for name in structure.latents if name not in known]:
+        if new := [name for name in structure.latents if not self.knows(name) and name not in self.observed]:
             raise ValueError(
                 f"this call of the model samples the latents {new}, which were not there when the "
                 "guide was set up; set it up with arguments that reach all latents"

@@ -41,6 +41,7 @@ def read(
     indices: Mapping[str, Tensor] | None = None,
     init: Init | None = None,
     until: Collection[str] | None = None,
+    known: Callable[[str], bool] = lambda name: False,
 ) -> Structure:
     """Run the model unseen by any outer handler and describe it.
 
@@ -51,7 +52,8 @@ def read(
         given: values for some latents, instead of feasible ones.
         indices: the elements that some subsampled plates take, instead of random ones.
         init: where the other latents' values come from, as Pyro's ``init_loc_fn``.
-        until: stop as soon as all these latents were met; run to the end if None.
+        until: stop as soon as all these sites were met; run to the end if None.
+        known: whether a site is a latent in other calls, and so to be described if it is observed.
 
     Raises:
         ValueError: a site has a support without bijection, batch dimensions without a plate, or a
@@ -60,7 +62,7 @@ def read(
     """
     escapes = EscapeDetector()
     reader = _Reader(
-        given or {}, indices or {}, init or feasible_value, until, _arguments(args, kwargs), escapes
+        given or {}, indices or {}, init or feasible_value, until, known, _arguments(args, kwargs), escapes
     )
     # What depends on given values depends on them with its gradient.
     gradients = torch.set_grad_enabled(torch.is_grad_enabled() and bool(given))
@@ -141,6 +143,7 @@ class _Reader(Messenger):
         indices: Mapping[str, Tensor],
         init: Init,
         until: Collection[str] | None,
+        known: Callable[[str], bool],
         arguments: Mapping[int | str, Any],
         escapes: EscapeDetector,
     ) -> None:
@@ -152,6 +155,7 @@ class _Reader(Messenger):
         self.chosen: set[str] = set()  # plates whose elements the model itself names
         self.init = init
         self.waiting = None if until is None else set(until)
+        self.known = known
         self.arguments = arguments
         self.latents: dict[str, Latent] = {}
         self.observed: dict[str, Observed] = {}
@@ -160,6 +164,7 @@ class _Reader(Messenger):
 
     def structure(self, *, static: bool) -> Structure:
         fixed = all(latent.fixed for latent in self.latents.values())
+        fixed = fixed and all(site.value is None for site in self.observed.values())
         return Structure(
             self.latents,
             self.plates,
@@ -189,17 +194,27 @@ class _Reader(Messenger):
             return
         plates = tuple(plate.name for plate in self._note_plates(msg))
         if msg["is_observed"]:
-            self.observed[name] = Observed(name, plates, self._argument(msg["value"]))
-            return
-        self.weighted = self.weighted or self._is_weighted()
-        self.latents[name] = self.escapes.ignoring(
-            _describe, msg, plates, [self.plates[plate] for plate in plates]
-        )
-        self.values[name] = msg["value"]
+            self.observed[name] = self._describe_observed(msg, plates)
+        else:
+            self.weighted = self.weighted or self._is_weighted()
+            self.latents[name] = self._describe(msg, plates)
+            self.values[name] = msg["value"]
         if self.waiting is not None:
             self.waiting.discard(name)
             if not self.waiting:
                 raise _AllRead
+
+    def _describe(self, msg: dict[str, Any], plates: tuple[str, ...]) -> Latent:
+        latent: Latent = self.escapes.ignoring(_describe, msg, plates, [self.plates[name] for name in plates])
+        return latent
+
+    def _describe_observed(self, msg: dict[str, Any], plates: tuple[str, ...]) -> Observed:
+        name, value = msg["name"], msg["value"]
+        argument = self._argument(value)
+        latent = self._describe(msg, plates) if self.known(name) else None
+        kept = value if latent is not None and argument is None else None
+        mask, *_ = _masks(msg)
+        return Observed(name, plates, argument, msg["fn"].event_dim, mask, latent, kept)
 
     def _is_weighted(self) -> bool:
         inside = _PYRO_STACK[_PYRO_STACK.index(self) + 1 :]
@@ -256,11 +271,7 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
     scale = msg["scale"]
     for plate in plates:
         scale = scale / plate.scale
-    mask = None if msg["mask"] is True else msg["mask"]
-    inner_mask, inner_mask_dim = _inner_mask(fn)
-    if inner_mask is not None and inner_mask_dim == 0:  # masks whole elements, like poutine.mask
-        mask = inner_mask if mask is None else inner_mask & mask
-        inner_mask = None
+    mask, inner_mask, inner_mask_dim = _masks(msg)
     return Latent(
         name=msg["name"],
         plates=names,
@@ -274,6 +285,15 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
         inner_mask_dim=inner_mask_dim,
         scale=1.0 if not isinstance(scale, Tensor) and abs(scale - 1.0) < 1e-9 else scale,
     )
+
+
+def _masks(msg: dict[str, Any]) -> tuple[Any, Tensor | None, int]:
+    """The mask of whole elements, the one below ``to_event``, and its number of event dimensions."""
+    mask = None if msg["mask"] is True else msg["mask"]
+    inner, event_dim = _inner_mask(msg["fn"])
+    if inner is None or event_dim:
+        return mask, inner, event_dim
+    return (inner if mask is None else inner & mask), None, 0  # masks whole elements, like poutine.mask
 
 
 def _inner_mask(fn: Any) -> tuple[Tensor | None, int]:

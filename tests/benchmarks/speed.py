@@ -22,7 +22,7 @@ from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, FullRankNormal, Low
 from tests.benchmarks.clock import Effort, Step, Timing, allocations, compare, isolated, seeded
 from tests.benchmarks.report import Result
 
-__all__ = ["against_hand", "against_particles", "against_rows", "families", "run"]
+__all__ = ["against_hand", "against_particles", "against_reading", "against_rows", "families", "run"]
 
 HIDDEN = 256
 RATE = 1e-3
@@ -77,8 +77,11 @@ class Encoder(nn.Module):
 class Model:
     """A Pyro model of rows, for a data set of N rows of which the batch may be a part."""
 
-    def __init__(self, size: Size, rows: int | None = None, *, subsamples: bool = False) -> None:
+    def __init__(
+        self, size: Size, rows: int | None = None, *, subsamples: bool = False, changeable: bool = False
+    ) -> None:
         self.size = size
+        self.changeable = changeable
         self.rows = rows
         self.subsamples = subsamples
         self.name = f"decoder{next(_numbers)}"
@@ -86,6 +89,8 @@ class Model:
 
     def __call__(self, x: Tensor) -> None:
         pyro.module(self.name, self.decoder)
+        if self.changeable:
+            float(x[0, 0])  # from here on, this value may decide about anything
         batch = self.size.batch if self.subsamples else len(x)
         prior = torch.zeros(self.size.latents), torch.ones(self.size.latents)
         with pyro.plate("rows", self.rows or len(x), subsample_size=batch) as rows:
@@ -109,12 +114,13 @@ def ours(
     *,
     rows: int | None = None,
     subsamples: bool = False,
+    changeable: bool = False,
     elbo: Any = None,
     hook: Callable[..., Any] | None = None,
 ) -> Step:
     """A step of SVI with the package's guide and optimizer, around the shared trunk by default."""
     module = trunk(size.features) if encoder is None else encoder()
-    model = Model(size, rows, subsamples=subsamples)
+    model = Model(size, rows, subsamples=subsamples, changeable=changeable)
     guide = AmortizedGuide(model, module, DiagonalNormal() if family is None else family)
     svi = SVI(model, guide, optim.Adam({"lr": RATE}), elbo or Trace_ELBO())
     x = data(size, rows if subsamples else None)
@@ -238,6 +244,14 @@ def _growth(label: str, size: Size, steps: dict[str, Step], timings: dict[str, T
     return results
 
 
+def against_reading(size: Size, effort: Effort) -> list[Result]:
+    """A model whose structure must be read at every step against one that is read once."""
+    steps = {"once": seeded(ours, size), "each": seeded(ours, size, changeable=True)}
+    timings = compare(steps, effort)
+    ratio = timings["each"].over(timings["once"])
+    return [Result("structure read at every step / once", str(size), *ratio, target=1.1)]
+
+
 def against_particles(size: Size, effort: Effort, particles: int = 10) -> list[Result]:
     """Several vectorized particles against one, and how often the encoder runs for them."""
     passes: list[int] = []
@@ -275,6 +289,7 @@ def run(effort: Effort | None = None) -> list[Result]:
             results += against_hand(size, effort)
         for size in (LARGE, SMALL):
             results += families(size, effort)
+        results += against_reading(LARGE, effort)
         results += against_rows(SMALL, effort)
         for size in (LARGE, SMALL):
             results += against_particles(size, effort)

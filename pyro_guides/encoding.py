@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_guides.encoders import MLP, DeepSet, SequenceEncoder, SetEncoder, SetTransformer, Standardize
-from pyro_guides.inputs import Source
-from pyro_guides.rows import Rows, check_finite, read_rows
+from pyro_guides.inputs import Rows, Source, check_finite, read_rows
 from pyro_guides.structure import Structure
 
 __all__ = ["Contexts", "Encoding", "encode", "standardize"]

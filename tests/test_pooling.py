@@ -48,8 +48,8 @@ def by_county(features, y, county, size=5):
 HOUSES = data(7, 2), data(7, seed=1), torch.tensor([0, 0, 1, 3, 3, 3, 0])
 
 
-def trained(guide, model, *args, steps=10):
-    svi = SVI(model, guide, optim.Adam({"lr": 0.02}), Trace_ELBO())
+def trained(guide, model, *args, steps=10, lr=0.02):
+    svi = SVI(model, guide, optim.Adam({"lr": lr}), Trace_ELBO())
     for _ in range(steps):
         svi.step(*args)
     return guide
@@ -180,7 +180,7 @@ def test_a_plate_that_the_inputs_lack_has_parameters_per_element():
             pyro.sample("x", dist.Normal(z, 0.5), obs=torch.arange(4.0)[i].unsqueeze(-1).expand(2, len(x)))
 
     x = data(5, 2)
-    guide = trained(AmortizedGuide(model), model, x, steps=400)
+    guide = trained(AmortizedGuide(model), model, x, steps=400, lr=5e-3)
     assert guide.network.heads[0].offset.shape == (4, 1, 2)
     assert guide.median(x)["z"].shape == (4, 5)
     exact = torch.arange(4.0).unsqueeze(-1).expand(4, 5) / 1.25

@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from pyro_guides.matching import leading_plates
+from pyro_guides.inputs.matching import leading_plates
 from pyro_guides.structure import Plate, Structure
 
 __all__ = ["Field", "Given", "Source", "find_source", "unpack", "with_observations"]

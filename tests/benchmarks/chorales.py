@@ -1,4 +1,4 @@
-"""A deep Markov model of J. S. Bach's chorales with a guide that nobody wrote: its learning curve and bound."""
+"""A deep Markov model of J. S. Bach's chorales with a guide that nobody wrote: its learning curve and bound.
 
 The model is small (32 latents) and trains for a fixed number of epochs; the epoch with the best validation
 bound is the one that is tested. Published models of this shape, far larger and trained for a day, report 6.8

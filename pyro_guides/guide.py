@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_guides.calls import Call
 from pyro_guides.families import Family, FullRankNormal
-from pyro_guides.inputs import with_observations
+from pyro_guides.inputs import accepts, with_observations
 from pyro_guides.naming import announce, unique_name
 from pyro_guides.network import Network
 from pyro_guides.planning import Plan, build
@@ -42,21 +41,30 @@ class AmortizedGuide(AutoGuide):
 
     .. math:: q(z \mid x) = \prod_g q\bigl(u_g; \lambda_g(x, u_{<g})\bigr) |\det \partial u_g / \partial z_g|
 
+    Inputs in more plates than a group are pooled; latents with running numbers, ``z_1 .. z_T``, share one
+    family per step. Sites that a call observes are conditioned on; in others they are drawn. See
+    ``docs/models.md``.
+
     Works in place of Pyro's autoguides, under any of its ELBOs. With no data to encode it *is* an ordinary
     autoguide. Parameters exist after the first call or :meth:`setup`.
 
     Args:
         model: a Pyro model; it stays as it is.
         encoder: a module from rows ``(B, ...)`` to contexts ``(B, C)``, or a dict of them by plate or
-            site; an :class:`~pyro_guides.MLP` if None. If no argument lines up with a latent's plates,
-            an encoder given here reads the data set as a whole, and must return one context ``(C,)``.
+            site. If None, an :class:`~pyro_guides.MLP` for rows, a :class:`~pyro_guides.DeepSet` for what
+            is pooled, a :class:`~pyro_guides.GRUEncoder` for sequences. If no argument lines up with a
+            latent's plates, an encoder given here reads the data set as a whole, as a single row.
         family: what kind of distribution each group gets; one for all, or a dict by plate or site. A site
             named here forms a group of its own.
         inputs: a function of the model's arguments that returns what the encoder reads, or a dict of them
-            by plate or site. If None, it is the float argument whose leading dimensions are the plates.
+            by plate or site: a tensor; a dict of tensors, of which a boolean one is a mask; or one of these
+            and an integer tensor, the plate's element that each row belongs to. If None, it is the float
+            argument whose leading dimensions are the plates.
         amortize: names of the plates whose latents get an encoder; all that line up with the inputs if
             None, none if empty.
         condition_on_upstream: whether λ of a group sees the values of earlier groups.
+        order: all latents by name in the order of drawing; the model's order if None.
+        given: for some latents, by name, those that their λ sees, instead of those that are relevant.
         init_loc_fn: where q starts, one of Pyro's ``init_to_...`` functions.
         init_scale: the standard deviation of unconstrained values at the start.
         create_plates: as in Pyro's autoguides, a function of the model's arguments that returns plates to
@@ -267,7 +275,7 @@ class AmortizedGuide(AutoGuide):
         """Settle the structure, unless it is given, and open the plates of one call."""
         kwargs = dict(kwargs)
         observations = None
-        if "observations" in kwargs and not _accepts(self._known_model, "observations"):
+        if "observations" in kwargs and not accepts(self._known_model, "observations"):
             observations = kwargs.pop("observations")
         self.setup(*args, **kwargs)
         settled = structure is not None
@@ -383,13 +391,3 @@ class AmortizedGuide(AutoGuide):
         clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         object.__setattr__(clone, "_model", self._model)
         return clone
-
-
-def _accepts(model: Callable[..., Any] | None, name: str) -> bool:
-    """Whether the model itself has an argument of this name."""
-    if model is None:
-        return False
-    try:
-        return name in inspect.signature(model).parameters
-    except (TypeError, ValueError):
-        return False

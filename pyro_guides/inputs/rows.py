@@ -14,7 +14,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from pyro_guides.inputs.sources import Field, Given, Source, unpack
+from pyro_guides.inputs.given import Given, unpack
+from pyro_guides.inputs.sources import Field, Source
 from pyro_guides.structure import Observed, Plate, Structure
 
 __all__ = ["Rows", "check_finite", "read_rows"]

@@ -17,10 +17,11 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from pyro_guides.inputs.given import Given, unpack
 from pyro_guides.inputs.matching import leading_plates
 from pyro_guides.structure import Plate, Structure
 
-__all__ = ["Field", "Given", "Source", "find_source", "unpack", "with_observations"]
+__all__ = ["Field", "Source", "find_source"]
 
 
 @final
@@ -100,52 +101,6 @@ class Source:
         return replace(self, plates=tuple(names), fields=fields)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Given:
-    """What a call's inputs hold.
-
-    Attributes:
-        tensors: float tensors by name.
-        mask: what of them is there; None if all is.
-        index: the element that each row belongs to; None if rows are laid out by plates.
-    """
-
-    tensors: Mapping[str, Tensor]
-    mask: Tensor | None = None
-    index: Tensor | None = None
-
-
-def unpack(value: Any, label: str) -> Given:
-    """Sort out what a user's function returned.
-
-    Raises:
-        TypeError: it is not one of the things that this module's documentation names.
-    """
-    index = None
-    if isinstance(value, tuple):
-        if len(value) != 2 or not _is_integer(value[1]):
-            raise TypeError(
-                f"{label} is a tuple, expected (features, index) with an integer tensor that says which "
-                "element of the plate each row belongs to; give several inputs as a dict"
-            )
-        value, index = value
-    if not isinstance(value, Mapping):
-        return Given({"": _as_float_tensor(value, label)}, None, index)
-    masks = [item for item in value.values() if isinstance(item, Tensor) and item.dtype == torch.bool]
-    tensors = {
-        key: _as_float_tensor(item, f"{label}[{key!r}]")
-        for key, item in value.items()
-        if not any(item is mask for mask in masks)
-    }
-    if not tensors or len(masks) > 1:
-        raise TypeError(
-            f"{label} is a dict of {len(tensors)} float tensors and {len(masks)} boolean masks, expected at "
-            "least one float tensor and at most one mask, with True for what is there"
-        )
-    return Given(tensors, masks[0] if masks else None, index)
-
-
 def find_source(
     inputs: Callable[..., Any] | None,
     plates: Collection[str],
@@ -208,34 +163,6 @@ def find_source(
     return replace(source, argument=key, site=site.name, masked=site.mask is not None)
 
 
-def with_observations(
-    structure: Structure,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    observations: Mapping[str, Tensor] | None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with simulated observations in the place of real ones."""
-    if observations is None:
-        return args, kwargs
-    positional, named = list(args), dict(kwargs)
-    for name, value in observations.items():
-        if name not in structure.observed:
-            raise ValueError(
-                f"observations hold '{name}', but the model's observed sites are {list(structure.observed)}"
-            )
-        argument = structure.observed[name].argument
-        if argument is None:
-            raise ValueError(
-                f"observed site '{name}' is not one of the model's arguments but computed from them, so "
-                "simulated data cannot take its place; pass it to the model as obs= unchanged"
-            )
-        if isinstance(argument, int):
-            positional[argument] = value
-        else:
-            named[argument] = value
-    return tuple(positional), named
-
-
 def _best(
     tensors: Mapping[int | str, Tensor],
     fits: Mapping[int | str, tuple[Plate, ...]],
@@ -296,23 +223,6 @@ def _ragged(
         key: Field(label, (), x.shape[1:], x.dtype, x.device) for key, x in given.tensors.items() if x.dim()
     }
     return Source(label, get, fields, (plate,), ragged=True)
-
-
-def _as_float_tensor(value: Any, label: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{label} is a {type(value).__name__}, expected a torch.Tensor; convert it with "
-            "torch.as_tensor(...)"
-        )
-    if not value.is_floating_point():
-        raise TypeError(f"{label} is {value.dtype}, expected floating point; convert it with .float()")
-    return value
-
-
-def _is_integer(value: Any) -> bool:
-    kinds = (torch.bool, torch.uint8)
-    is_tensor = isinstance(value, Tensor) and value.dtype not in kinds
-    return is_tensor and not value.is_floating_point() and not value.is_complex()
 
 
 def _refuse_ambiguous(tensors: Mapping[int | str, Tensor], group: str) -> None:

@@ -83,8 +83,9 @@ class Memory:
         if known is not None:
             return known
         model = require(model)
-        if complete or (key is not None and key not in self._known):
-            structure = read(model, args, kwargs, known=self.knows)
+        new = key is not None and key not in self._known
+        if complete or new:
+            structure = read(model, args, kwargs, known=self.knows, once=not new)
             self._check(structure)
             self._remember(key, structure)
         else:
@@ -103,7 +104,9 @@ class Memory:
     ) -> Structure:
         """Read the model as far as the guide needs it, at given values and elements of plates."""
         until = None if self.stems else {*self.latents, *self.masked}
-        return read(model, args, kwargs, given=given, indices=indices, until=until, known=self.knows)
+        return read(
+            model, args, kwargs, given=given, indices=indices, until=until, known=self.knows, once=True
+        )
 
     def _remember(self, key: Hashable | None, structure: Structure) -> None:
         if key is None:

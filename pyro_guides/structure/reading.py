@@ -8,6 +8,7 @@ otherwise it is read again at every call, up to the last latent.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, final
 
 import pyro
@@ -42,6 +43,7 @@ def read(
     init: Init | None = None,
     until: Collection[str] | None = None,
     known: Callable[[str], bool] = lambda name: False,
+    once: bool = False,
 ) -> Structure:
     """Run the model unseen by any outer handler and describe it.
 
@@ -54,6 +56,7 @@ def read(
         init: where the other latents' values come from, as Pyro's ``init_loc_fn``.
         until: stop as soon as all these sites were met; run to the end if None.
         known: whether a site is a latent in other calls, and so to be described if it is observed.
+        once: whether the structure is for this call only; to find out whether it may be kept costs time.
 
     Raises:
         ValueError: a site has a support without bijection, batch dimensions without a plate, or a
@@ -65,14 +68,16 @@ def read(
         given or {}, indices or {}, init or feasible_value, until, known, _arguments(args, kwargs), escapes
     )
     # What depends on given values depends on them with its gradient.
+    kept = until is None and not given and not once
+    watching = escapes.watching() if kept else nullcontext()
     gradients = torch.set_grad_enabled(torch.is_grad_enabled() and bool(given))
     try:
         # Validation turns tensors into booleans all the time, and the real run does it anyway.
-        with gradients, pyro.validation_enabled(False), poutine.block(), escapes.watching(), reader:
+        with gradients, pyro.validation_enabled(False), poutine.block(), watching, reader:
             model(*args, **kwargs)
     except _AllRead:
         pass
-    return reader.structure(static=until is None and not given and not escapes.found)
+    return reader.structure(static=kept and not escapes.found)
 
 
 def feasible_value(site: dict[str, Any]) -> Tensor:

@@ -60,13 +60,17 @@ class DeepMarkovModel(nn.Module):
         )
         self.logits = nn.Linear(emission, notes)
 
-    def model(self, x, lengths):
-        """The Pyro model: x is (B, T, notes), and chorale b ends after ``lengths[b]`` steps."""
+    def model(self, x, lengths, warmth=1.0):
+        """The Pyro model: x is (B, T, notes), and chorale b ends after ``lengths[b]`` steps.
+
+        A ``warmth`` below one counts the latents' densities less, as is done early in training.
+        """
         pyro.module("chorales", self)
         with pyro.plate("series", len(x)):
             z = self.start
             for t in pyro.markov(range(1, x.shape[1] + 1)):
                 with poutine.mask(mask=lengths >= t):
-                    z = pyro.sample(f"z_{t}", self.transition(z))
+                    with poutine.scale(scale=warmth):
+                        z = pyro.sample(f"z_{t}", self.transition(z))
                     notes = dist.Bernoulli(logits=self.logits(self.emitter(z)))
                     pyro.sample(f"obs_x_{t}", notes.to_event(1), obs=x[:, t - 1])

@@ -1,4 +1,4 @@
-"""Counts: topics of documents, cells of half-known types, and items answered by people or played in bars."""
+"""Counts: topics of documents, and cells of half-known types."""
 
 from functools import partial
 
@@ -10,10 +10,9 @@ from pyro.infer import TraceGraph_ELBO
 from torch import nn
 
 from pyro_guides import AmortizedGuide
-from tests.problems import chorales, lsat
 
 from .example import Data, Example, mean_field
-from .images import TRAINING, digits, network, vae_data
+from .images import HELD_OUT, TRAINING, digits, network, vae_data
 
 # --- topics: a document is an image, a word is a place, as often as it has ink
 
@@ -68,67 +67,8 @@ def cells_data():
     x, labels = digits()
     y = nn.functional.one_hot(labels, 10).float()
     half = TRAINING // 2
-    batches = ((x[:half], y[:half]), (x[half:TRAINING],))
-    return Data(batches, (x[TRAINING:],), TRAINING, len(x) - TRAINING)
-
-
-# --- a mixed model: new notes in the bars of chorales
-
-
-def new_notes_model(count):
-    mean = pyro.sample("mean", dist.Normal(2.0, 1.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    between = pyro.sample("between", dist.HalfNormal(1.0))
-    within = pyro.sample("within", dist.HalfNormal(1.0))
-    time = torch.linspace(-1.0, 1.0, count.shape[1])
-    with pyro.plate("chorale", count.shape[0], dim=-2):
-        level = pyro.sample("level", dist.Normal(mean, between))
-        with pyro.plate("window", count.shape[1], dim=-1):
-            log_rate = pyro.sample("log_rate", dist.Normal(level + slope * time, within))
-            pyro.sample("count", dist.Poisson(log_rate.exp()), obs=count)
-
-
-def new_notes_guide(model):
-    return AmortizedGuide(model)
-
-
-def new_notes(split, windows=6, beats=5):
-    """Return how many notes begin within each window, (chorales, windows)."""
-    notes, lengths = chorales.load(split)
-    notes = notes[lengths > windows * beats, : windows * beats + 1]
-    begins = (notes[:, 1:] > notes[:, :-1]).float().sum(-1)
-    return begins.unflatten(1, (windows, beats)).sum(-1)
-
-
-def new_notes_data():
-    train, held_out = new_notes("train"), new_notes("test")
-    return Data(((train,),), (held_out,), len(train), len(held_out))
-
-
-# --- item response: abilities of students, difficulties and slopes of questions
-
-
-def items_model(answers):
-    students = pyro.plate("student", answers.shape[0], dim=-2)
-    items = pyro.plate("item", answers.shape[1], dim=-1)
-    with items:
-        difficulty = pyro.sample("difficulty", dist.Normal(0.0, 2.0))
-        slope = pyro.sample("slope", dist.LogNormal(0.0, 0.5))
-    with students:
-        ability = pyro.sample("ability", dist.Normal(0.0, 1.0))
-    with students, items:
-        pyro.sample("answers", dist.Bernoulli(logits=slope * (ability - difficulty)), obs=answers)
-
-
-def items_guide(model):
-    return AmortizedGuide(model)
-
-
-def items_data():
-    answers = lsat.load()[0]
-    order = torch.randperm(len(answers), generator=torch.Generator().manual_seed(0))
-    train, held_out = answers[order[:800]], answers[order[800:]]
-    return Data(((train,),), (held_out,), len(train), len(held_out))
+    batches = ((x[half:TRAINING],), (x[:half], y[:half]))
+    return Data(batches, (x[-HELD_OUT:],), TRAINING, HELD_OUT)
 
 
 EXAMPLES = (
@@ -138,7 +78,7 @@ EXAMPLES = (
         topics_guide,
         vae_data,
         "document",
-        steps=1000,
+        steps=800,
         autoguide=mean_field,
         note="Words are summed over, topics are learned, shares of topics are on a simplex.",
     ),
@@ -148,31 +88,9 @@ EXAMPLES = (
         cells_guide,
         cells_data,
         "cell",
-        steps=700,
+        steps=500,
         elbo=TraceGraph_ELBO,
         autoguide="batches of other rows, and a discrete latent",
         note=f"Four latents in a chain, drawn against the model's order; half of the {TRAINING} types known.",
-    ),
-    Example(
-        "mixed model of counts",
-        lambda: new_notes_model,
-        new_notes_guide,
-        new_notes_data,
-        "chorale",
-        steps=2000,
-        autoguide=mean_field,
-        shared=("mean", "slope", "between", "within"),
-        note="Windows within chorales: an encoder pools over the windows, another one reads each.",
-    ),
-    Example(
-        "item response",
-        lambda: items_model,
-        items_guide,
-        items_data,
-        "student",
-        steps=2000,
-        autoguide=mean_field,
-        shared=("difficulty", "slope"),
-        note="Students are amortized, items are learned, and each student's ability is drawn given the items.",
     ),
 )

@@ -13,8 +13,7 @@ from pyro_guides import AmortizedGuide, Discrete
 
 from .example import Data, Example, mean_field
 
-TRAINING = 1400
-LABELLED = 200
+TRAINING, LABELLED, HELD_OUT = 600, 100, 300
 
 
 @cache
@@ -55,7 +54,7 @@ def vae_guide(model):
 
 def vae_data():
     x, _ = digits()
-    return Data(((x[:TRAINING],),), (x[TRAINING:],), TRAINING, len(x) - TRAINING)
+    return Data(((x[:TRAINING],),), (x[-HELD_OUT:],), TRAINING, HELD_OUT)
 
 
 # --- a semi-supervised one
@@ -82,12 +81,12 @@ def semi_supervised_guide(model):
 
 
 def semi_supervised_data():
-    """Batches of 200 without labels, and the only 200 with labels between them."""
+    """Batches without labels, and one with the only 100 labels."""
     x, labels = digits()
     y = nn.functional.one_hot(labels, 10).float()
-    unlabelled = [(rows,) for rows in x[LABELLED:TRAINING].split(300)]
+    unlabelled = [(rows,) for rows in x[LABELLED:TRAINING].split(250)]
     batches = (*unlabelled, (x[:LABELLED], y[:LABELLED]))
-    return Data(batches, (x[TRAINING:],), TRAINING, len(x) - TRAINING)
+    return Data(batches, (x[-HELD_OUT:],), TRAINING, HELD_OUT)
 
 
 # --- a conditional one: the lower half of an image from its upper half
@@ -113,8 +112,8 @@ def conditional_guide(model):
 
 def conditional_data():
     x, _ = digits()
-    train, held_out = ((rows[:, :32], rows[:, 32:]) for rows in (x[:TRAINING], x[TRAINING:]))
-    return Data((train,), held_out, TRAINING, len(x) - TRAINING)
+    train, held_out = ((rows[:, :32], rows[:, 32:]) for rows in (x[:TRAINING], x[-HELD_OUT:]))
+    return Data((train,), held_out, TRAINING, HELD_OUT)
 
 
 EXAMPLES = (
@@ -124,7 +123,7 @@ EXAMPLES = (
         vae_guide,
         vae_data,
         "image",
-        steps=700,
+        steps=800,
         autoguide=mean_field,
         note="A decoder network; the guide brings the encoder.",
     ),
@@ -134,10 +133,11 @@ EXAMPLES = (
         semi_supervised_guide,
         semi_supervised_data,
         "image",
-        steps=500,
-        elbo=partial(TraceEnum_ELBO, max_plate_nesting=1),
+        steps=400,
+        # Pyro warns of batches in which nothing is left to sum over: here, those with labels.
+        elbo=partial(TraceEnum_ELBO, max_plate_nesting=1, strict_enumeration_warning=False),
         autoguide="batches of other rows: its parameters belong to the rows of one batch",
-        note="200 labels among 1,400 images: observed in their batch, latent and summed out in all others.",
+        note="100 labels among 600 images: observed in their batch, latent and summed out in all others.",
     ),
     Example(
         "conditional autoencoder",
@@ -145,7 +145,7 @@ EXAMPLES = (
         conditional_guide,
         conditional_data,
         "image",
-        steps=700,
+        steps=800,
         autoguide=mean_field,
         note="The lower half of an image given its upper half; the encoder reads both.",
     ),

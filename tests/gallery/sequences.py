@@ -35,9 +35,11 @@ def chords_guide(model):
     return AmortizedGuide(model)
 
 
-def chords_data(steps=12):
-    """The first three bars of every chorale."""
-    train, held_out = (chorales.load(split)[0][:, :steps] for split in ("train", "test"))
+def chords_data(steps=8):
+    """The first two bars of chorales."""
+    train, held_out = (
+        chorales.load(split)[0][:count, :steps] for split, count in (("train", 150), ("test", 75))
+    )
     return Data(((train,),), (held_out,), len(train), len(held_out))
 
 
@@ -60,7 +62,7 @@ def volatility_guide(model):
     return AmortizedGuide(model)
 
 
-def simulated(windows, steps=16, level=-0.5, keeps=0.95, shock=0.3, seed=0):
+def simulated(windows, steps=10, level=-0.5, keeps=0.95, shock=0.3, seed=0):
     """Draw returns, (windows, steps), of one long series."""
     noise = torch.randn(2, windows * steps, generator=torch.Generator().manual_seed(seed))
     h = [torch.tensor(level)]
@@ -70,8 +72,8 @@ def simulated(windows, steps=16, level=-0.5, keeps=0.95, shock=0.3, seed=0):
 
 
 def volatility_data():
-    returns = simulated(300)
-    return Data(((returns[:200],),), (returns[200:],), 200, 100)
+    returns = simulated(200)
+    return Data(((returns[:100],),), (returns[100:],), 100, 100)
 
 
 EXAMPLES = (
@@ -80,18 +82,18 @@ EXAMPLES = (
         Chords,
         chords_guide,
         chords_data,
-        "chorale of 12 steps",
-        steps=500,
+        "chorale of 8 steps",
+        steps=250,
         autoguide=mean_field,
-        note="Latents with numbers in their names are a chain: one encoder over time, one family for each step.",
+        note="Numbered latents are a chain: one encoder over time, one family for all steps.",
     ),
     Example(
         "stochastic volatility",
         lambda: volatility_model,
         volatility_guide,
         volatility_data,
-        "window of 16 steps",
-        steps=500,
+        "window of 10 steps",
+        steps=250,
         autoguide=mean_field,
         shared=("level", "keeps", "shock"),
         note="Simulated returns; the chain is drawn given the three global latents and the step before.",

@@ -7,9 +7,9 @@ are; a data set as a whole is one row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast, final
 
 import torch
@@ -43,27 +43,31 @@ class Encoding:
 
 
 @final
-@dataclass(frozen=True, eq=False)
 class Contexts:
     """What an encoder returned in one call.
 
-    Attributes:
+    Args:
         values: ``(*batch, C)``, or ``(*batch, T, C)`` of a sequence.
-        whole: of a sequence, one context for all of its steps, ``(*batch, C)``.
+        summary: of a sequence, what makes one context of all steps, ``(*batch, C)``.
         offset: how many more steps the inputs have than the latents, at the start.
     """
 
-    values: Tensor
-    whole: Tensor | None = None
-    offset: int = 0
+    def __init__(self, values: Tensor, summary: Callable[[], Tensor] | None = None, offset: int = 0) -> None:
+        self.values = values
+        self.summary = summary
+        self.offset = offset
 
     def at(self, step: int | None) -> Tensor:
         """The context of one step, by position; of the whole if None, or if the inputs start later."""
-        if self.whole is None:
+        if self.summary is None:
             return self.values
         if step is None or step + self.offset < 0:
-            return self.whole
+            return self._whole
         return self.values[..., step + self.offset, :]
+
+    @cached_property
+    def _whole(self) -> Tensor:
+        return cast("Callable[[], Tensor]", self.summary)()
 
 
 def encode(
@@ -128,9 +132,12 @@ def encode(
         values = _checked(encoder, encoder(x), len(x))
         return Contexts(layout.restored(values, batch, structure))
     values = _checked(encoder, encoder(x, lengths), len(x), steps=x.shape[1])
-    whole = _checked(encoder, encoder.summary(values, lengths), len(x))
-    restored = partial(layout.restored, batch=batch, structure=structure)
-    return Contexts(restored(values), restored(whole), encoding.offset or 0)
+
+    def summary() -> Tensor:
+        whole = _checked(encoder, encoder.summary(values, lengths), len(x))
+        return layout.restored(whole, batch, structure)
+
+    return Contexts(layout.restored(values, batch, structure), summary, encoding.offset or 0)
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def _add_head(
     part: Part,
     loc: Tensor,
     origin: Tensor,
-    contexts: Mapping[Encoding, Tensor],
+    contexts: Mapping[tuple[Encoding, bool], Tensor],
     structure: Structure,
     plan: Plan,
 ) -> None:
@@ -175,15 +175,16 @@ def _add_head(
         initial = family.initial(_to_full_size(loc, part.group, structure), plan.init_scale)
         head = LearnedHead(initial, origin.to(initial), {plate.name: plate.dim for plate in plates})
     else:
-        for encoding in part.encodings:
-            _check_dtype(part, encoding.source, loc, contexts[encoding])
+        own = [contexts[encoding, part.group.running] for encoding in part.encodings]
+        for encoding, context in zip(part.encodings, own, strict=True):
+            _check_dtype(part, encoding.source, loc, context)
         lacking = {
             plate.name: (plate.batch if plate.size == -1 else plate.size, plate.dim)
             for plate in plates
             if plate.name not in part.encodings[0].plates
         }
         initial = family.initial(_mean(loc), plan.init_scale)
-        size = sum(contexts[encoding].shape[-1] for encoding in part.encodings)
+        size = sum(context.shape[-1] for context in own)
         head = AmortizedHead(size, initial, origin.to(initial), lacking)
     network.heads.append(head)
     network.families.append(family)
@@ -220,17 +221,18 @@ def _contexts(
     structure: Structure,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> dict[Encoding, Tensor]:
+) -> dict[tuple[Encoding, bool], Tensor]:
     """One pass of every encoder, which also lets lazy layers find their sizes and statistics."""
     indices = {n: p.indices for n, p in structure.plates.items() if p.indices is not None}
-    contexts: dict[Encoding, Tensor] = {}
+    contexts: dict[tuple[Encoding, bool], Tensor] = {}
     for encoding in dict.fromkeys(encoding for part in parts for encoding in part.encodings):
         encoder = encoders[encoding.encoder]
         with torch.no_grad():
             standardize(encoding, encoder, structure, args, kwargs)
             steps = step_names(encoding, parts, turns)
             encoded = encode(encoding, encoder, structure, args, kwargs, indices, steps=steps)
-            contexts[encoding] = encoded.values
+            for running in {part.group.running for part in parts if encoding in part.encodings}:
+                contexts[encoding, running] = encoded.at(0 if running else None)
     return contexts
 
 

@@ -1,0 +1,96 @@
+"""Discrete latents: signals with an unknown number of bumps, and clusters of flowers."""
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import TraceEnum_ELBO
+from pyro.infer.autoguide import init_to_sample
+from pyro.ops.indexing import Vindex
+from sklearn.datasets import load_iris
+
+from pyro_guides import AmortizedGuide, Discrete
+
+from .example import Data, Example, mean_field_given_sums_over
+
+enumerated = partial(TraceEnum_ELBO, max_plate_nesting=1)
+
+# --- signals with up to three bumps
+
+AXIS, MOST = torch.linspace(0.0, 1.0, 24), 3
+
+
+def bumps_model(x):
+    with pyro.plate("signal", len(x)):
+        count = pyro.sample("count", dist.Categorical(torch.full((MOST + 1,), 0.25)))
+        there = torch.arange(MOST) < count.unsqueeze(-1)
+        gap = pyro.sample("gap", dist.LogNormal(-1.3, 0.4).expand([MOST]).mask(there).to_event(1))
+        height = pyro.sample("height", dist.LogNormal(0.0, 0.3).expand([MOST]).mask(there).to_event(1))
+        distance = AXIS - gap.cumsum(-1).unsqueeze(-1)
+        bump = there.unsqueeze(-1) * height.unsqueeze(-1) * (-0.5 * (distance / 0.06) ** 2).exp()
+        pyro.sample("x", dist.Normal(bump.sum(-2), 0.2).to_event(1), obs=x)
+
+
+def bumps_guide(model):
+    return AmortizedGuide(model, family={"count": Discrete(enumerate="parallel")})
+
+
+def bumps_data():
+    with torch.random.fork_rng():
+        pyro.set_rng_seed(0)
+        x = pyro.poutine.trace(pyro.poutine.uncondition(bumps_model)).get_trace(torch.zeros(500, 24))
+        x = x.nodes["x"]["value"]
+    return Data(((x[:300],),), (x[300:],), 300, 200)
+
+
+# --- a mixture
+
+
+def clusters_model(x, clusters=3):
+    weights = pyro.sample("weights", dist.Dirichlet(torch.full((clusters,), 2.0)))
+    with pyro.plate("cluster", clusters):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(x.shape[1]), 1.5).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(-torch.ones(x.shape[1]), 0.5).to_event(1))
+    with pyro.plate("flower", len(x)):
+        k = pyro.sample("k", dist.Categorical(weights))
+        each = dist.Normal(Vindex(loc)[..., k, :], Vindex(scale)[..., k, :])
+        pyro.sample("x", each.to_event(1), obs=x)
+
+
+def clusters_guide(model):
+    summed = {"k": Discrete(enumerate="parallel")}
+    return AmortizedGuide(model, family=summed, init_loc_fn=init_to_sample)
+
+
+def clusters_data():
+    x = torch.tensor(load_iris().data, dtype=torch.float32)
+    x = ((x - x.mean(0)) / x.std(0))[torch.randperm(150, generator=torch.Generator().manual_seed(0))]
+    return Data(((x[:120],),), (x[120:],), 120, 30)
+
+
+EXAMPLES = (
+    Example(
+        "unknown number of objects",
+        lambda: bumps_model,
+        bumps_guide,
+        bumps_data,
+        "signal",
+        steps=600,
+        elbo=enumerated,
+        autoguide=mean_field_given_sums_over("count"),
+        note="A discrete count masks places and heights, and q of these depends on it; it is summed out.",
+    ),
+    Example(
+        "clusters",
+        lambda: clusters_model,
+        clusters_guide,
+        clusters_data,
+        "flower",
+        steps=800,
+        elbo=enumerated,
+        autoguide=mean_field_given_sums_over("k", init_loc_fn=init_to_sample),
+        shared=("weights", "loc", "scale"),
+        note="Clusters have a posterior; each flower's own is amortized, given where clusters are.",
+    ),
+)

@@ -13,7 +13,7 @@ from typing import final
 
 from pyro_guides.groups import Group
 from pyro_guides.structure import Graph, Structure, runs, title, upstream
-from pyro_guides.turns import Turn, take_turns
+from pyro_guides.turns import take_turns
 
 __all__ = ["Links", "Wishes", "in_order", "link_groups"]
 
@@ -63,23 +63,8 @@ def in_order(structure: Structure, wishes: Wishes) -> Structure:
     for argument, names in (("order", wishes.order or ()), ("given", _mentioned(wishes.given))):
         if unknown := [name for name in names if not _members(name, structure)]:
             raise ValueError(f"{argument} names {unknown}, but the model's latents are {_titles(structure)}")
-    names = list(structure.latents)
-    if wishes.order is not None:
-        names = [member for name in wishes.order for member in _members(name, structure)]
-        if missing := [name for name in structure.latents if name not in names]:
-            raise ValueError(f"order must name every latent, but {missing} are missing")
-        if len(set(names)) < len(names):
-            raise ValueError(f"order={list(wishes.order)} names a latent twice")
-    parents = {
-        member: {other for given in wishes.given[name] for other in _members(given, structure)}
-        for name in wishes.given
-        for member in _members(name, structure)
-    }
-    for name, title_of in ((n, t) for t in wishes.given for n in _members(t, structure)):
-        if name in parents[name] and name in structure.latents and name == title_of:
-            raise ValueError(f"given={{...}} makes '{name}' depend on itself")
-        parents[name] -= set(_members(title_of, structure))
-    ordered = _sorted(names, parents)
+    names = _wished_order(structure, wishes)
+    ordered = _parents_first(names, _parents(structure, wishes.given))
     if wishes.order is not None and ordered != names:
         raise ValueError(
             f"order={list(wishes.order)} draws a latent before one that given={{...}} makes it depend on"
@@ -110,34 +95,45 @@ def link_groups(
     reached = upstream([turn.group.sites for turn in turns], graph.neighbours)
     links = []
     for index, group in enumerate(groups):
-        own = [(turn, relevant) for turn, relevant in zip(turns, reached, strict=True) if turn.part == index]
+        own = [(turn, seen) for turn, seen in zip(turns, reached, strict=True) if turn.part == index]
         before = {part for turn, seen in own for part, at in turn.before.items() if at in seen}
         previous = {part for turn, seen in own for part, at in turn.previous.items() if at in seen}
-        relevant = frozenset(turns[at].part for _, seen in own for at in seen) - {index}
+        relevant = {turns[at].part for _, seen in own for at in seen} - {index}
         wanted = _wanted(group, groups, wishes)
         if wanted is not None:
-            before, previous = _as_wished(own, wanted)
+            before = {part for turn, _ in own for part in turn.before if part in wanted}
+            previous = {part for turn, _ in own for part in turn.previous if part in wanted} - before
             _check_possible(group, groups, wanted - before - previous)
         elif not wishes.automatic:
-            before, previous = set(), set()
-        folds = {i: _foreign(groups[i], group) for i in sorted(before) if _foreign(groups[i], group)}
-        for i, plates in list(folds.items()):
-            reason = _unfoldable(groups[i], plates, structure, data_plates)
-            if reason and wanted is not None:
-                raise ValueError(f"given={{...}} makes {group} depend on {groups[i]}, {reason}")
-            if reason:
-                before.discard(i)
-                del folds[i]
+            before = previous = set()
+        folds = _folds(group, groups, before, structure, data_plates, required=wanted is not None)
+        upstream_groups = tuple(i for i in sorted(before) if i in folds or not _foreign(groups[i], group))
+        seen_groups = {*upstream_groups, *previous}
         links.append(
-            Links(tuple(sorted(before)), tuple(sorted(previous)), folds, relevant - before - previous)
+            Links(upstream_groups, tuple(sorted(previous)), folds, frozenset(relevant - seen_groups))
         )
     return links
 
 
-def _as_wished(own: Sequence[tuple[Turn, set[int]]], wanted: set[int]) -> tuple[set[int], set[int]]:
-    before = {part for turn, _ in own for part in turn.before if part in wanted}
-    previous = {part for turn, _ in own for part in turn.previous if part in wanted}
-    return before, previous - before
+def _folds(
+    group: Group,
+    groups: Sequence[Group],
+    before: Collection[int],
+    structure: Structure,
+    data_plates: Collection[str],
+    *,
+    required: bool,
+) -> dict[int, tuple[str, ...]]:
+    """For groups in other plates whose values can be taken in whole, these plates."""
+    folds = {}
+    for index in sorted(before):
+        plates = _foreign(groups[index], group)
+        reason = _unfoldable(groups[index], plates, structure, data_plates)
+        if plates and reason and required:
+            raise ValueError(f"given={{...}} makes {group} depend on {groups[index]}, {reason}")
+        if plates and not reason:
+            folds[index] = plates
+    return folds
 
 
 def _wanted(group: Group, groups: Sequence[Group], wishes: Wishes) -> set[int] | None:
@@ -175,7 +171,30 @@ def _unfoldable(
     return ""
 
 
-def _sorted(names: Sequence[str], parents: Mapping[str, set[str]]) -> list[str]:
+def _wished_order(structure: Structure, wishes: Wishes) -> list[str]:
+    if wishes.order is None:
+        return list(structure.latents)
+    names = [member for name in wishes.order for member in _members(name, structure)]
+    if missing := [name for name in structure.latents if name not in names]:
+        raise ValueError(f"order must name every latent, but {missing} are missing")
+    if len(set(names)) < len(names):
+        raise ValueError(f"order={list(wishes.order)} names a latent twice")
+    return names
+
+
+def _parents(structure: Structure, given: Mapping[str, Collection[str]]) -> dict[str, set[str]]:
+    """The latents that each latent is to be drawn behind; the steps of a sequence follow by themselves."""
+    parents: dict[str, set[str]] = {}
+    for name, others in given.items():
+        members = _members(name, structure)
+        if members == [name] and name in others:
+            raise ValueError(f"given={{...}} makes '{name}' depend on itself")
+        behind = {member for other in others for member in _members(other, structure)}
+        parents |= {member: behind - set(members) for member in members}
+    return parents
+
+
+def _parents_first(names: Sequence[str], parents: Mapping[str, set[str]]) -> list[str]:
     """The names in their order, but none before its parents."""
     waiting, placed = list(names), list[str]()
     while waiting:

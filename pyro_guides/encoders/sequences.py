@@ -20,6 +20,8 @@ from pyro_guides.layers import ScaledLinear
 
 __all__ = ["GRUEncoder", "SequenceEncoder"]
 
+_DECAYS = (0.25, 0.5, 0.75, 0.9, 0.97)
+
 
 class SequenceEncoder(nn.Module, ABC):
     """From sequences to one context per step, and one per sequence.
@@ -64,6 +66,8 @@ class GRUEncoder(SequenceEncoder):
         b_t = \mathrm{GRU}_b(b_{t+1}, h_t)
 
     The context of step t is a residual network of h, f and b at t, and so holds a linear view of the step.
+    Its linear part has gates that depend on the distances to both ends, as powers of several decays: near
+    its ends a sequence tells less about a step, and a smoother's gains approach their limits like powers.
 
     Statistics for the standardization are taken from all steps but the padding. Layers are created on the
     first call, in the dtype and on the device of the data.
@@ -145,19 +149,23 @@ class _Recurrence(nn.Module):
         self.directions = nn.ModuleList(
             nn.GRU(width, units, layers, batch_first=True, **options) for _ in range(directions)
         )
-        self.linear = ScaledLinear(width + directions * units, width, **options)
+        ends = directions * len(_DECAYS)
+        self.linear = ScaledLinear(width + directions * units + ends, width, **options)
+        self.gate = ScaledLinear(ends, width, zero=True, **options)
         self.block = ResidualBlock(width, **options)
 
     def forward(self, h: Tensor, lengths: Tensor) -> Tensor:
         if not h.numel():
             return h
+        ends = _ends(h, lengths, both=len(self.directions) > 1)
         views = [h, self.directions[0](h)[0]]
         if len(self.directions) > 1:
             # Turned round within its length, a sequence still starts together with the others.
             steps = torch.arange(h.shape[1], device=h.device)
             turned = torch.where(_there(h, lengths), lengths.unsqueeze(-1) - 1 - steps, steps)
             views.append(_take(self.directions[1](_take(h, turned))[0], turned))
-        return cast("Tensor", self.block(self.linear(torch.cat(views, dim=-1))))
+        gated = self.linear(torch.cat([*views, ends], dim=-1)) * (1.0 + self.gate(ends))
+        return cast("Tensor", self.block(gated))
 
 
 @final
@@ -181,6 +189,16 @@ class _Summary(nn.Module):
 def _there(x: Tensor, lengths: Tensor) -> Tensor:
     """Which steps of ``x`` ``(B, T, ...)`` are no padding, boolean ``(B, T)``."""
     return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(-1)
+
+
+def _ends(x: Tensor, lengths: Tensor, *, both: bool) -> Tensor:
+    """How far each step is from the first one, and from the last: a power of each decay, ``(B, T, E)``."""
+    steps = torch.arange(x.shape[1], device=x.device)
+    distances = [steps.expand(x.shape[:2])]
+    if both:
+        distances.append((lengths.unsqueeze(-1) - 1 - steps).clamp(min=0))
+    decays = torch.tensor(_DECAYS, dtype=x.dtype, device=x.device)
+    return torch.cat([decays ** distance.unsqueeze(-1) for distance in distances], dim=-1)
 
 
 def _take(x: Tensor, steps: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tests.problems import chorales
 
 __all__ = ["run"]
 
-EPOCHS = 250
+EPOCHS = 120
 BATCH = 20
 RATE = 8e-3
 RISE = 50  # steps in which the learning rate rises

@@ -26,7 +26,7 @@ from tests.gallery import EXAMPLES, Data, Example
 __all__ = ["Bound", "Row", "bound", "held_out_bound", "measure", "run", "table"]
 
 RATES = (0.01, 0.03)
-DRAWS = 50
+DRAWS = 30
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from .images import HELD_OUT, TRAINING, digits, network, vae_data
 
 def topics_model(words, topics=8):
     shape = (topics, words.shape[1])
-    concentration = pyro.param("concentration", torch.full((topics,), 0.5), constraints.positive)
     start = partial(torch.rand, shape)
     weights = pyro.param("weights", lambda: start() / start().sum(-1, keepdim=True), constraints.positive)
     topic = weights / weights.sum(-1, keepdim=True)
     with pyro.plate("document", len(words)):
-        share = pyro.sample("share", dist.Dirichlet(concentration))
+        share = pyro.sample("share", dist.Dirichlet(torch.full((topics,), 0.5)))
         most = int(words.sum(-1).max())
         pyro.sample("words", dist.Multinomial(most, share @ topic), obs=words)
 
@@ -78,7 +77,7 @@ EXAMPLES = (
         topics_guide,
         vae_data,
         "document",
-        steps=800,
+        steps=700,
         autoguide=mean_field,
         note="Words are summed over, topics are learned, shares of topics are on a simplex.",
     ),
@@ -88,7 +87,7 @@ EXAMPLES = (
         cells_guide,
         cells_data,
         "cell",
-        steps=500,
+        steps=350,
         elbo=TraceGraph_ELBO,
         autoguide="batches of other rows, and a discrete latent",
         note=f"Four latents in a chain, drawn against the model's order; half of the {TRAINING} types known.",

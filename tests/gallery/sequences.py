@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from pyro_guides import AmortizedGuide
 from tests.problems import chorales
@@ -25,8 +26,8 @@ class Chords(nn.Module):
         with pyro.plate("chorale", len(notes)):
             z = self.start.expand(len(notes), -1)
             for t in pyro.markov(range(notes.shape[1])):
-                change, log_scale = self.step(z).chunk(2, dim=-1)
-                z = pyro.sample(f"z_{t}", dist.Normal(z + change, log_scale.exp()).to_event(1))
+                change, spread = self.step(z).chunk(2, dim=-1)
+                z = pyro.sample(f"z_{t}", dist.Normal(z + change, softplus(spread)).to_event(1))
                 chord = dist.Bernoulli(logits=self.emitter(z))
                 pyro.sample(f"notes_{t}", chord.to_event(1), obs=notes[:, t])
 
@@ -83,7 +84,7 @@ EXAMPLES = (
         chords_guide,
         chords_data,
         "chorale of 8 steps",
-        steps=250,
+        steps=300,
         autoguide=mean_field,
         note="Numbered latents are a chain: one encoder over time, one family for all steps.",
     ),
@@ -93,7 +94,7 @@ EXAMPLES = (
         volatility_guide,
         volatility_data,
         "window of 10 steps",
-        steps=250,
+        steps=200,
         autoguide=mean_field,
         shared=("level", "keeps", "shock"),
         note="Simulated returns; the chain is drawn given the three global latents and the step before.",

@@ -39,7 +39,7 @@ class Call:
         plates: the guide's plates, by name.
         args: arguments that hold the encoders' inputs.
         kwargs: keyword arguments that hold them.
-        live: the latents whose support, mask or scale depends on other latents.
+        live: whether a latent's support, mask or scale depends on other latents.
         reread: reads the model's structure again, given values of latents.
         simulated: whether the arguments hold data that the model has drawn.
     """
@@ -52,7 +52,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
-        live: frozenset[str],
+        live: Callable[[str], bool],
         reread: Callable[[Mapping[str, Tensor]], Structure],
         simulated: bool = False,
     ) -> None:
@@ -280,7 +280,7 @@ class Call:
 
     def _refresh(self, names: set[str]) -> None:
         """Read the model again, at the values so far, if they decide about one of these sites."""
-        if names & self.live and self.values:
+        if self.values and any(map(self.live, names)):
             latents = {**self.structure.latents, **self.reread(self.values).latents}
             self.structure = self.structure.with_latents(latents)
 

@@ -286,7 +286,7 @@ class AmortizedGuide(AutoGuide):
         reread = partial(self._read_again, args, kwargs, indices)
         if not settled and not structure.static and differ(structure, indices):
             structure = reread({}).completed_by(structure)
-        live = self._require_memory().live
+        live = self._require_memory().is_live
         args, kwargs = with_observations(structure, args, kwargs, observations)
         simulated = observations is not None
         return Call(

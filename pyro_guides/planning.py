@@ -192,7 +192,7 @@ def _add_head(
 
 def family_for(group: Group, choice: Family | Mapping[str, Family], otherwise: Family) -> Family:
     """The family that a user's choice gives a group; one for all, or for a plate, skips discrete groups."""
-    named = isinstance(choice, Mapping) and any(name in choice for name in group.sites)
+    named = isinstance(choice, Mapping) and any(name in choice for name in group.names)
     family = lookup(choice, group)
     if group.discrete and not named and not isinstance(family, Discrete):
         return otherwise

@@ -84,11 +84,11 @@ def _check(network: Network, choice: object) -> None:
     if not isinstance(choice, Mapping):
         return
     groups = [part.group for part in network.parts]
-    known = {name for group in groups for name in (*group.sites, *group.plates)}
+    known = {name for group in groups for name in (*group.names, *group.plates)}
     if unknown := [name for name in choice if name not in known]:
         raise ValueError(
             f"promote({{...}}) names {unknown}; the latents and their plates are {sorted(known)}"
         )
     for group in groups:
-        if 0 < sum(name in choice for name in group.sites) < len(group.sites):
+        if 0 < sum(name in choice for name in group.names) < len(group.names):
             raise ValueError(f"{group} are drawn jointly: name all of them, or their plate")

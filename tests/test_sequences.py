@@ -239,9 +239,29 @@ def test_promotion_and_copies_keep_a_sequence():
     guide = trained(AmortizedGuide(chain, family=DiagonalNormal()), chain, x)
     richer = guide.promote(FullRankNormal())
     values = guide(x)
+    assert guide.promote({"z": FullRankNormal()}).families == richer.families
     for other in (richer, copy.deepcopy(guide)):
         torch.testing.assert_close(other.log_prob(values, x), guide.log_prob(values, x), rtol=1e-4, atol=1e-4)
     trained(richer, chain, data(4, 9, 2))
+
+
+def test_masks_that_depend_on_draws_follow_every_step():
+    def model(x):
+        with pyro.plate("series", x.shape[0], dim=-1):
+            there = torch.ones(x.shape[0])
+            z = torch.zeros(())
+            for t in range(x.shape[1]):
+                there = pyro.sample(f"there_{t}", dist.Bernoulli(0.7 * there))
+                with poutine.mask(mask=there.bool()):
+                    z = pyro.sample(f"z_{t}", dist.Normal(z, 1.0))
+                pyro.sample(f"x_{t}", dist.Normal(z * there, 1.0), obs=x[:, t])
+
+    guide = trained(AmortizedGuide(model), model, data(20, 3), elbo=TraceGraph_ELBO())
+    trace = poutine.trace(guide).get_trace(data(20, 6))
+    for t in range(6):
+        there = trace.nodes[f"there_{t}"]["value"].bool()
+        assert torch.equal(trace.nodes[f"z_{t}"]["mask"], there)
+    assert not there.all()
 
 
 def test_what_cannot_be_a_sequence_is_refused():

@@ -48,7 +48,8 @@ class Memory:
         self.observed = frozenset(structure.observed)
         changeable = not all(latent.fixed for latent in structure.latents.values())
         several = len(self.latents) > 1
-        self.live = live_sites(model, args, kwargs) if several and changeable else frozenset[str]()
+        self._live = live_sites(model, args, kwargs) if several and changeable else frozenset[str]()
+        self._live_stems = {run[0] for run in map(numbered, self._live) if run is not None} & self.stems
         # None marks a signature whose structure may differ from call to call.
         self._known: OrderedDict[Hashable, Structure | None] = OrderedDict()
         self._remember(signature(model, args, kwargs), structure)
@@ -57,6 +58,13 @@ class Memory:
         """Whether a site was a latent when the guide was set up, or goes on with its numbers."""
         run = numbered(name)
         return name in self.latents or (run is not None and run[0] in self.stems)
+
+    def is_live(self, name: str) -> bool:
+        """Whether a latent's support, mask or scale is computed from other latents."""
+        if not self._live:
+            return False
+        run = numbered(name)
+        return name in self._live or (run is not None and run[0] in self._live_stems)
 
     def structure(
         self,

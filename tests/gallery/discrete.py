@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import TraceEnum_ELBO
-from pyro.infer.autoguide import init_to_sample
+from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.ops.indexing import Vindex
 from sklearn.datasets import load_iris
 
@@ -60,7 +60,14 @@ def clusters_model(x, clusters=3):
 
 def clusters_guide(model):
     summed = {"k": Discrete(enumerate="parallel")}
-    return AmortizedGuide(model, family=summed, init_loc_fn=init_to_sample)
+    return AmortizedGuide(model, family=summed, init_loc_fn=clusters_start())
+
+
+def clusters_start():
+    """Clusters begin at a small, a middling and a large flower, since equal ones would stay equal."""
+    x = clusters_data().batches[0][0]
+    values = {"loc": x[x.sum(-1).argsort()[[20, 60, 100]]]}
+    return partial(init_to_value, values=values, fallback=init_to_median)
 
 
 def clusters_data():
@@ -89,7 +96,7 @@ EXAMPLES = (
         "flower",
         steps=600,
         elbo=enumerated,
-        autoguide=mean_field_given_sums_over("k", init_loc_fn=init_to_sample),
+        autoguide=mean_field_given_sums_over("k", start=clusters_start),
         shared=("weights", "loc", "scale"),
         note="Clusters have a posterior; each flower's own is amortized, given where clusters are.",
     ),

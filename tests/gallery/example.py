@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pyro import poutine
 from pyro.infer import Trace_ELBO, config_enumerate
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoNormal, init_to_median
 
 from pyro_guides import AmortizedGuide
 
@@ -69,11 +69,13 @@ def mean_field(model: Model) -> tuple[Model, AutoNormal]:
     return model, AutoNormal(model)
 
 
-def mean_field_given_sums_over(*names: str, **options: Any) -> Callable[[Model], tuple[Model, AutoNormal]]:
-    """The same with discrete latents summed out in the model, which is more than their own q could give."""
+def mean_field_given_sums_over(
+    *names: str, start: Callable[[], Callable[..., Any]] = lambda: init_to_median
+) -> Callable[[Model], tuple[Model, AutoNormal]]:
+    """The same with discrete latents summed out in the model, exactly: no q of their own could be better."""
 
     def build(model: Model) -> tuple[Model, AutoNormal]:
         summed = config_enumerate(model)
-        return summed, AutoNormal(poutine.block(summed, hide=list(names)), **options)
+        return summed, AutoNormal(poutine.block(summed, hide=list(names)), init_loc_fn=start())
 
     return build

@@ -84,7 +84,7 @@ EXAMPLES = (
         chords_guide,
         chords_data,
         "chorale of 8 steps",
-        steps=300,
+        steps=250,
         autoguide=mean_field,
         note="Numbered latents are a chain: one encoder over time, one family for all steps.",
     ),

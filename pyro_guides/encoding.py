@@ -63,7 +63,11 @@ class Contexts:
             return self.values
         if step is None or step + self.offset < 0:
             return self._whole
-        return self.values[..., step + self.offset, :]
+        return self._steps[step + self.offset]
+
+    @cached_property
+    def _steps(self) -> tuple[Tensor, ...]:
+        return self.values.unbind(-2)  # all at once: the gradients of slices would be as large as the whole
 
     @cached_property
     def _whole(self) -> Tensor:

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, ReweightedWakeSleep, Trace_ELBO
 from torch import nn
 
 from pyro_guides import MLP, AmortizedGuide, DeepSet, SetEncoder, SetTransformer, optim
@@ -295,7 +295,7 @@ def test_many_data_sets_at_once(particles):
     assert guide(x[0])["theta"].shape == (3,)
     elbo = Trace_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(many(linear), many(guide), optim.Adam({"lr": 0.01}), elbo)
-    for _ in range(600):
+    for _ in range(250):
         svi.step(torch.randn(32, 3) * 1.25**0.5)
     exact = x / 1.25
     alone = torch.stack([guide.median(row)["theta"] for row in x])
@@ -305,6 +305,28 @@ def test_many_data_sets_at_once(particles):
     assert (drawn.mean(0) - alone).abs().max() < 0.2  # 5 standard errors
     with pytest.raises(ValueError, match="expected the plates"):
         guide(x)
+
+
+def sensors(x):
+    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with pyro.plate("sensor", x.shape[-1]):
+        pyro.sample("x", dist.Normal(theta, 0.5), obs=x)
+
+
+@pytest.mark.parametrize(("model", "encoder"), [(linear, MLP), (sensors, DeepSet)])
+def test_training_on_simulated_data_sets(model, encoder):
+    depth = int(model is sensors)
+    x = data(10) + 0.5 if depth else data(3)
+    exact = x.sum() * 4.0 / 41.0 if depth else x / 1.25
+    guide = AmortizedGuide(model, encoder=encoder(32)).setup(x)
+    elbo = ReweightedWakeSleep(
+        num_particles=2, insomnia=0.0, model_has_params=False, num_sleep_particles=64,
+        vectorize_particles=True, max_plate_nesting=depth,
+    )  # fmt: skip
+    svi = SVI(model, guide, optim.Adam({"lr": 5e-3}), elbo)
+    for _ in range(300):
+        svi.step(x)
+    assert (guide.median(x)["theta"] - exact).abs().max() < 0.25
 
 
 def test_a_global_can_be_amortized_over_pooled_rows():

@@ -1,4 +1,4 @@
-"""One guide for linear-Gaussian sequences of any length, against the Kalman smoother and the exact evidence."""
+"""One guide for linear-Gaussian sequences of any length, against the Kalman smoother."""
 
 import math
 
@@ -38,8 +38,8 @@ def compare(guide, length):
     ratios = (draws.std(0) / sds).mean((0, 2))
     worst = float(ratios[(ratios - 1.0).abs().argmax()])
     print(
-        f"T={length}: ELBO {float(gap.mean()):.3f} ± {float(gap.std()) / 10:.3f} nats below the evidence; means "
-        f"off by {float(errors.mean()):.3f} sd, worst step {float(errors.max()):.3f}; sds at the worst step "
+        f"T={length}: ELBO {float(gap.mean()):.3f} ± {float(gap.std()) / 10:.3f} nats below the evidence; "
+        f"means off by {float(errors.mean()):.3f} sd, worst step {float(errors.max()):.3f}; sds at worst "
         f"{worst:.3f} of the exact ones"
     )
     return float(gap.mean()), float(errors.mean()), float(errors.max()), worst

@@ -141,7 +141,7 @@ class Amortizer:
         preferred = None
         if isinstance(self.choice.inputs, Mapping):
             preferred = next((name for name in group.plates if name in self.choice.inputs), None)
-        return find_source(
+        source = find_source(
             inputs,
             group.plates,
             self.structure,
@@ -152,6 +152,14 @@ class Amortizer:
             preferred=preferred,
             whole=whole,
         )
+        stacks = {latent.plates for latent in self.structure.latents.values() if latent.plates}
+        if source is not None and source.ragged and preferred is None and len(stacks) > 1:
+            raise ValueError(
+                f"{source.label} comes with an index, which may count the elements of any of the plates "
+                f"{sorted({name for stack in stacks for name in stack})}; say which ones: "
+                f"inputs={{'{source.plates[0]}': lambda *args: ...}}"
+            )
+        return source
 
     def _encoding(self, group: Group, *, whole: bool = False) -> Encoding | None:
         amortize = self.choice.amortize

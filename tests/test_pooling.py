@@ -152,6 +152,23 @@ def test_features_that_the_model_masks_are_missing():
         explicit(y, there[:3])
 
 
+def test_rows_that_fit_two_plates_are_not_guessed_at():
+    def model(x):
+        with pyro.plate("left", 4, dim=-2):
+            pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("right", 4, dim=-1):
+            pyro.sample("v", dist.Normal(0.0, 1.0))
+
+    x = data(4, 2)
+    with pytest.raises(
+        ValueError, match=r"may be the plates \['left'\] or \['right'\]; name it with amortize="
+    ):
+        AmortizedGuide(model).setup(x)
+    assert encoders(AmortizedGuide(model, amortize=["right"]).setup(x)) == {"u": None, "v": MLP}
+    guide = AmortizedGuide(model, inputs={"left": lambda x: x, "right": lambda x: x[:, :1]}).setup(x)
+    assert encoders(guide) == {"u": MLP, "v": MLP}
+
+
 # --- crossed plates, and fewer plates than the group
 
 
@@ -268,8 +285,21 @@ def test_bad_indices_are_refused():
     ):
         with pytest.raises(error, match=message):
             setup(county, wrong(change))
+    with pytest.raises(ValueError, match=r"which may count .* \['county', 'state'\]; say which ones"):
+        AmortizedGuide(two_levels, inputs=by_county).setup(features, y, county)
+    guide = AmortizedGuide(two_levels, inputs={"county": by_county, "state": by_county})
+    assert encoders(guide.setup(features, y, county)) == {"s": DeepSet, "c": DeepSet}
     with pytest.raises(ValueError, match=r"comes with an index.* MLP takes one row each: take a DeepSet"):
         setup(county, encoder={"county": MLP()})
+
+
+def two_levels(features, y, county):
+    with pyro.plate("state", 4):
+        s = pyro.sample("s", dist.Normal(0.0, 1.0))
+    with pyro.plate("county", 5):
+        c = pyro.sample("c", dist.Normal(0.0, 1.0))
+    with pyro.plate("house", len(y)):
+        pyro.sample("y", dist.Normal(s[..., county] + c[..., county], 1.0), obs=y)
 
 
 # --- whole data sets

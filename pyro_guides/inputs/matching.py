@@ -34,7 +34,7 @@ def leading_plates(
         tensor: the tensor.
         structure: the model's structure.
         label: how error messages call the tensor.
-        wanted: the plates to line up with, if there is a choice.
+        wanted: the plates that matter; about others there is no need to decide.
         allowed: no other plates than these; any if None.
         preferred: the plate that decides if several fit.
         argument: the model's argument that the tensor is, if it is one.
@@ -48,19 +48,15 @@ def leading_plates(
         if exact is not None:
             return exact
     options = list(_options(tensor, structure, allowed))
-    for better in (
-        lambda option: sum(plate.name in wanted for plate in option),
-        len,
-        lambda option: any(plate.name == preferred for plate in option),
-    ):
+    for better in (len, lambda option: any(plate.name == preferred for plate in option)):
         best = max(map(better, options), default=0)
         options = [option for option in options if better(option) == best]
-    if len(options) > 1:
+    if len(options) > 1 and any(plate.name in wanted for option in options for plate in option):
         names = " or ".join(str([plate.name for plate in option]) for option in options)
         raise ValueError(
             f"{label} has shape {tuple(tensor.shape)}, whose leading dimensions may be the plates {names}; "
-            f"name the plate with inputs={{'{options[0][0].name}': lambda *args: ...}} or amortize=[...], or "
-            "give the plates different sizes"
+            f"name it with amortize=['{options[0][0].name}'], or say what each plate's encoder reads: "
+            f"inputs={{'{options[0][0].name}': lambda *args: ..., ...}}"
         )
     return options[0] if options else ()
 

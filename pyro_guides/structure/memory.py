@@ -30,7 +30,7 @@ class Memory:
         kwargs: the keyword arguments it was first read with.
         structure: the structure that was found.
         stems: beginnings of names that run on with a number; how many there are may differ from call to call.
-        masked: the observed sites whose masks the encoders need.
+        masked: the observed sites whose masks the encoders need, if they have some.
     """
 
     def __init__(
@@ -43,7 +43,8 @@ class Memory:
         masked: Collection[str] = (),
     ) -> None:
         self.stems = frozenset(stems)
-        self.masked = frozenset(masked)
+        self._may_be_masked = frozenset(masked)
+        self._masked: set[str] = set()  # those that were, and so must be met in every reading
         self.latents = tuple(structure.latents)
         self.observed = frozenset(structure.observed)
         changeable = not all(latent.fixed for latent in structure.latents.values())
@@ -111,16 +112,18 @@ class Memory:
         indices: Mapping[str, Tensor] | None = None,
     ) -> Structure:
         """Read the model as far as the guide needs it, at given values and elements of plates."""
-        until = None if self.stems else {*self.latents, *self.masked}
+        until = None if self.stems else {*self.latents, *self._masked}
         return read(
             model, args, kwargs, given=given, indices=indices, until=until, known=self.knows, once=True
         )
 
     def _remember(self, key: Hashable | None, structure: Structure) -> None:
+        sites = [structure.observed[name] for name in self._may_be_masked if name in structure.observed]
+        masked = [site.name for site in sites if site.mask is not None]
+        self._masked.update(masked)
         if key is None:
             return
-        masks = [structure.observed[name].mask for name in self.masked if name in structure.observed]
-        static = structure.static and all(mask is None for mask in masks)
+        static = structure.static and not masked
         self._known[key] = structure.without_values() if static else None
         while len(self._known) > _CAPACITY:
             self._known.popitem(last=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_guides.encoders import MLP, DeepSet, SequenceEncoder, SetEncoder, SetTransformer, Standardize
-from pyro_guides.inputs import Rows, Source, check_finite, read_rows
+from pyro_guides.inputs import Layout, Source, check_finite, read_rows
 from pyro_guides.structure import Structure
 
 __all__ = ["Contexts", "Encoding", "encode", "standardize"]
@@ -101,47 +101,53 @@ def encode(
         TypeError: the encoder returns no floating-point tensor.
         ValueError: its context has another number of rows, or is not finite; the inputs are not as before.
     """
-    source = encoding.source
-    missing = partial(_declares_missing, encoder)
+    source, missing = encoding.source, partial(_declares_missing, encoder)
     rows = read_rows(
         source, structure, args, kwargs, indices, kept=encoding.plates, missing=missing, outer=outer
     )
-    layout = _Layout(rows, encoding, structure)
+    layout = Layout(rows, source, encoding.plates, structure)
     if isinstance(encoder, SetEncoder):
-        if source.ragged:
-            shape = structure.batch_shape(source.plates)
-            elements, index, batch = rows.x, cast("Tensor", rows.index), tuple(shape)
-        else:
-            elements, index, batch = layout.sets(source)
+        elements, index, batch = layout.sets()
         check_finite(elements, source.label, missing=missing)
         values = _checked(encoder, encoder(elements, index, math.prod(batch)), math.prod(batch))
-        return Contexts(layout.restored(values, batch, structure))
-    x, batch = layout.rows()
-    lengths = None
+        return Contexts(layout.restored(values, batch))
     if isinstance(encoder, SequenceEncoder):
-        if x.dim() < 2 or (len(x.shape) == 2 and not rows.x.dim() > len(batch)):
-            raise ValueError(f"{source.label} has no dimension of steps behind its plates for {encoder}")
-        mask = rows.mask
-        if encoding.offset is not None:
-            if x.shape[1] - len(steps) != encoding.offset:
-                raise ValueError(
-                    f"{source.label} has {x.shape[1]} steps, but this call of the model has {len(steps)} "
-                    f"latents like '{steps[0]}', expected {len(steps) + encoding.offset} steps"
-                )
-            mask = _mask_of_steps(encoding, structure, steps) if mask is None else mask
-        lengths = _lengths(mask, source, x)
-        x = _cut_short(x, lengths)
+        mask = _mask_of_steps(encoding, structure, steps) if rows.mask is None else rows.mask
+        return _encode_sequences(encoding, encoder, layout, mask, steps, missing)
+    x, batch = layout.rows()
     check_finite(x, source.label, missing=missing)
-    if not isinstance(encoder, SequenceEncoder):
-        values = _checked(encoder, encoder(x), len(x))
-        return Contexts(layout.restored(values, batch, structure))
+    return Contexts(layout.restored(_checked(encoder, encoder(x), len(x)), batch))
+
+
+def _encode_sequences(
+    encoding: Encoding,
+    encoder: SequenceEncoder,
+    layout: Layout,
+    mask: Tensor | None,
+    steps: Sequence[str],
+    missing: Callable[[], bool],
+) -> Contexts:
+    source = encoding.source
+    x, batch = layout.rows()
+    if not source.field.feature_shape:
+        raise ValueError(
+            f"{source.label} has no dimension of steps behind its plates {list(source.plates)}, which "
+            f"{type(encoder).__name__} needs"
+        )
+    if encoding.offset is not None and x.shape[1] - len(steps) != encoding.offset:
+        raise ValueError(
+            f"{source.label} has {x.shape[1]} steps, but this call of the model has {len(steps)} "
+            f"latents like '{steps[0]}', expected {len(steps) + encoding.offset} steps"
+        )
+    lengths = _lengths(mask, source, x)
+    x = _cut_short(x, lengths)
+    check_finite(x, source.label, missing=missing)
     values = _checked(encoder, encoder(x, lengths), len(x), steps=x.shape[1])
 
     def summary() -> Tensor:
-        whole = _checked(encoder, encoder.summary(values, lengths), len(x))
-        return layout.restored(whole, batch, structure)
+        return layout.restored(_checked(encoder, encoder.summary(values, lengths), len(x)), batch)
 
-    return Contexts(layout.restored(values, batch, structure), summary, encoding.offset or 0)
+    return Contexts(layout.restored(values, batch), summary, encoding.offset or 0)
 
 
 @torch.no_grad()
@@ -160,84 +166,11 @@ def standardize(
     if layer.mean is not None:
         return
     rows = read_rows(source, structure, args, kwargs, {}, kept=None, missing=lambda: layer.missing)
-    layout = _Layout(rows, encoding, structure)
-    if source.ragged:
-        x = rows.x
-    else:
-        x = layout.sets(source)[0] if isinstance(encoder, SetEncoder) else layout.rows()[0]
+    layout = Layout(rows, source, encoding.plates, structure)
+    x, *_ = layout.sets() if isinstance(encoder, SetEncoder) else layout.rows()
     check_finite(x, source.label, missing=lambda: layer.missing)
     if len(x):
         layer.fit(x.flatten(1) if x.dim() > 1 else x.unsqueeze(-1))
-
-
-@final
-class _Layout:
-    """Which dimensions of the inputs are rows, and which are pooled.
-
-    Args:
-        rows: the inputs.
-        encoding: what is read, and for which plates.
-        structure: the model's structure in this call.
-    """
-
-    def __init__(self, rows: Rows, encoding: Encoding, structure: Structure) -> None:
-        self.rows_read = rows
-        self.plates, self.kept = encoding.source.plates, encoding.plates
-        self.extra = sorted(structure.plates[name].dim for name in self.plates if name not in self.kept)
-
-    def rows(self) -> tuple[Tensor, tuple[int, ...]]:
-        """Rows ``(B, *features)``, plates without contexts among the features, and the batch they are of."""
-        x, batch = self._pooled_last(self.rows_read.x)
-        return x.reshape(math.prod(batch), *(x.shape[len(batch) :] or (1,))), batch
-
-    def sets(self, source: Source) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """Elements ``(M, *features)``, the set that each belongs to, and the batch that the sets are of."""
-        x, batch = self._pooled_last(self.rows_read.x)
-        pooled = len(self.extra) or 1
-        if x.dim() < len(batch) + pooled:
-            raise ValueError(
-                f"{source.label} has one value per element of the plates {list(source.plates)}, and so no "
-                "set to pool: give it one more dimension, or another encoder"
-            )
-        count, size = math.prod(batch), math.prod(x.shape[len(batch) : len(batch) + pooled])
-        elements = x.reshape(count * size, *(x.shape[len(batch) + pooled :] or (1,)))
-        index = torch.arange(count, device=x.device).repeat_interleave(size)
-        there = self._there(x.shape[: len(batch) + pooled])
-        return (elements, index, batch) if there is None else (elements[there], index[there], batch)
-
-    def restored(self, values: Tensor, batch: tuple[int, ...], structure: Structure) -> Tensor:
-        """Contexts ``(B, ...)`` as ``(*batch, ...)``, laid out as the plates."""
-        values = values.reshape(*batch, *values.shape[1:])
-        event_dim = values.dim() - len(batch)
-        for dim in reversed(self.extra):  # rightmost first, so that the others find their places
-            values = values.unsqueeze(dim - event_dim)
-        if not self.plates and batch:  # several data sets at once lie on the left of all plates
-            values = values.reshape(*batch, *[1] * structure.depth, *values.shape[len(batch) :])
-        needed = max((-structure.plates[name].dim for name in self.kept), default=0)
-        while values.dim() - event_dim > needed and values.shape[0] == 1:
-            values = values.squeeze(0)
-        return values
-
-    def _pooled_last(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Move plates without contexts behind the others; the shape of those others, too."""
-        batch_dim = self.rows_read.batch_dim
-        feature_dim = x.dim() - batch_dim
-        if not self.extra or self.rows_read.index is not None:
-            return x, tuple(x.shape[:batch_dim])
-        ends = range(-feature_dim - len(self.extra), -feature_dim)
-        x = x.movedim([dim - feature_dim for dim in self.extra], list(ends))
-        return x, tuple(x.shape[: batch_dim - len(self.extra)])
-
-    def _there(self, shape: torch.Size) -> Tensor | None:
-        """Which elements a mask leaves; a mask finer than elements marks missing values within them."""
-        mask, batch_dim = self.rows_read.mask, self.rows_read.batch_dim
-        if mask is None or mask.dim() > batch_dim + (not self.extra):
-            return None
-        if mask.dim() < batch_dim + (not self.extra):
-            mask = mask.unsqueeze(-1)
-        if self.extra:
-            mask = mask.movedim(self.extra, list(range(-len(self.extra), 0)))
-        return mask.expand(shape).reshape(-1)
 
 
 def _lengths(mask: Tensor | None, source: Source, x: Tensor) -> Tensor | None:

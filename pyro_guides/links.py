@@ -62,7 +62,10 @@ def in_order(structure: Structure, wishes: Wishes) -> Structure:
     """
     for argument, names in (("order", wishes.order or ()), ("given", _mentioned(wishes.given))):
         if unknown := [name for name in names if not _members(name, structure)]:
-            raise ValueError(f"{argument} names {unknown}, but the model's latents are {_titles(structure)}")
+            raise ValueError(
+                f"{argument} names {unknown}, but the latents of this call of the model are "
+                f"{list(structure.latents)}; set the guide up with arguments for which all latents are drawn"
+            )
     names = _wished_order(structure, wishes)
     ordered = _parents_first(names, _parents(structure, wishes.given))
     if wishes.order is not None and ordered != names:
@@ -211,13 +214,6 @@ def _members(name: str, structure: Structure) -> list[str]:
         return [name]
     members = (list(run.values()) for stem, run in runs(structure.latents).items() if title(stem) == name)
     return next(members, [])
-
-
-def _titles(structure: Structure) -> list[str]:
-    return [
-        *structure.latents,
-        *(title(stem) for stem, run in runs(structure.latents).items() if len(run) > 1),
-    ]
 
 
 def _mentioned(given: Mapping[str, Collection[str]]) -> list[str]:

@@ -234,3 +234,19 @@ def test_a_family_of_ones_own():
     assert (draws < 0.01).all()
     mixed = AmortizedGuide(labelled, family={"z": NormalMixture(2)}).setup(X)
     assert isinstance(mixed.families[0], NormalMixture)
+
+
+def test_a_mask_inside_an_event_follows_the_draw_it_depends_on():
+    def model(x):
+        with pyro.plate("row", len(x)):
+            n = pyro.sample("n", dist.Categorical(torch.ones(3) / 3))
+            there = torch.arange(2) < n.unsqueeze(-1)
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).mask(there).to_event(1))
+            pyro.sample("x", dist.Normal((there * z).sum(-1) + n, 0.5), obs=x)
+
+    x = data(4)
+    guide = AmortizedGuide(model, init_scale=1.0).setup(x)
+    for n in range(3):
+        values = [{"n": torch.full((4,), n), "z": torch.full((4, 2), z)} for z in (1.0, 2.0)]
+        change = guide.log_prob(values[0], x) - guide.log_prob(values[1], x)
+        torch.testing.assert_close(change, torch.full((4,), 1.5 * n))

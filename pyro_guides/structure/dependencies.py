@@ -23,6 +23,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from pyro_guides.structure.reading import mask_inside
+
 __all__ = ["Graph", "dependencies", "live_sites", "upstream"]
 
 
@@ -116,7 +118,10 @@ def live_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return frozenset(
         name
         for name, site in latents.items()
-        if get_provenance([_tensors(site["fn"].support), site["mask"], site["scale"]]) & set(latents)
+        if get_provenance(
+            [_tensors(site["fn"].support), site["mask"], mask_inside(site["fn"])[0], site["scale"]]
+        )
+        & set(latents)
     )
 
 

@@ -27,7 +27,7 @@ from pyro_guides.distributions.transforms import bijection
 from pyro_guides.structure.changes import EscapeDetector, outer_dims
 from pyro_guides.structure.description import Latent, Observed, Plate, Structure
 
-__all__ = ["feasible_value", "random_subset", "read"]
+__all__ = ["feasible_value", "mask_inside", "random_subset", "read"]
 
 Model = Callable[..., Any]
 Init = Callable[[dict[str, Any]], Tensor]
@@ -295,13 +295,13 @@ def _describe(msg: dict[str, Any], names: tuple[str, ...], plates: list[Plate]) 
 def _masks(msg: dict[str, Any]) -> tuple[Any, Tensor | None, int]:
     """The mask of whole elements, the one below ``to_event``, and its number of event dimensions."""
     mask = None if msg["mask"] is True else msg["mask"]
-    inner, event_dim = _inner_mask(msg["fn"])
+    inner, event_dim = mask_inside(msg["fn"])
     if inner is None or event_dim:
         return mask, inner, event_dim
     return (inner if mask is None else inner & mask), None, 0  # masks whole elements, like poutine.mask
 
 
-def _inner_mask(fn: Any) -> tuple[Tensor | None, int]:
+def mask_inside(fn: Any) -> tuple[Tensor | None, int]:
     """The masks between ``to_event`` calls, as one, and how many of its dimensions are the event's."""
     event_dim = 0  # dimensions that to_event calls above the present level have made event dimensions
     mask, mask_event_dim = None, 0

@@ -2,8 +2,8 @@
 
 Both train the same model from the same seed with the same optimizer for the same number of steps, once with
 each of two learning rates, which rise over the first fifth of the steps and fall to zero by a cosine; the
-better bound counts. Held-out rows are scored
-given the shared latents that training left, so that their bound has no term for these.
+better bound counts, and a training that diverges has none. Held-out rows are scored given the shared latents
+that training left, so that their bound has no term for these.
 """
 
 from __future__ import annotations
@@ -158,8 +158,12 @@ def _fit(example: Example, rate: float, steps: int, draws: int, *, amortized: bo
         adam = optim.Adam({"lr": rate}, schedule=partial(_schedule, steps=steps))
         svi = SVI(model, guide, adam, example.elbo())
         start = time.process_time()
-        for step in range(steps):
-            svi.step(*data.batches[step % len(data.batches)])
+        try:
+            for step in range(steps):
+                svi.step(*data.batches[step % len(data.batches)])
+        except ValueError:  # values that are not finite: this rate is too high
+            lost = Bound(-math.inf, 0.0)
+            return _Fit(rate, lost, lost, 0.0)
         seconds = time.process_time() - start
         train = bound(example, model, guide, data, draws)
         held_out = held_out_bound(example, model, guide, data, draws) if amortized else None
@@ -176,4 +180,4 @@ def _per_row(losses: Sequence[float], rows: int) -> Bound:
 
 
 def _one_line(example: Example) -> str:
-    return example.lines.splitlines()[-1].removeprefix("return ")
+    return example.lines.splitlines()[-1].removeprefix("guide = ")

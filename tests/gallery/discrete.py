@@ -5,6 +5,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.ops.indexing import Vindex
@@ -14,22 +15,22 @@ from pyro_guides import AmortizedGuide, Discrete
 
 from .example import Data, Example, mean_field_given_sums_over
 
-enumerated = partial(TraceEnum_ELBO, max_plate_nesting=1)
-
 # --- signals with up to three bumps
 
 AXIS, MOST = torch.linspace(0.0, 1.0, 24), 3
 
 
 def bumps_model(x):
-    with pyro.plate("signal", len(x)):
+    with pyro.plate("signal", len(x), dim=-2):
         count = pyro.sample("count", dist.Categorical(torch.full((MOST + 1,), 0.25)))
-        there = torch.arange(MOST) < count.unsqueeze(-1)
-        gap = pyro.sample("gap", dist.LogNormal(-1.3, 0.4).expand([MOST]).mask(there).to_event(1))
-        height = pyro.sample("height", dist.LogNormal(0.0, 0.3).expand([MOST]).mask(there).to_event(1))
+        there = torch.arange(MOST) < count
+        with pyro.plate("bump", MOST, dim=-1), poutine.mask(mask=there):
+            gap = pyro.sample("gap", dist.LogNormal(-1.3, 0.4))
+            height = pyro.sample("height", dist.LogNormal(0.0, 0.3))
         distance = AXIS - gap.cumsum(-1).unsqueeze(-1)
-        bump = there.unsqueeze(-1) * height.unsqueeze(-1) * (-0.5 * (distance / 0.06) ** 2).exp()
-        pyro.sample("x", dist.Normal(bump.sum(-2), 0.2).to_event(1), obs=x)
+        bumps = (there * height).unsqueeze(-1) * (-0.5 * (distance / 0.06) ** 2).exp()
+        signal = bumps.sum(-2, keepdim=True)
+        pyro.sample("x", dist.Normal(signal, 0.2).to_event(1), obs=x.unsqueeze(-2))
 
 
 def bumps_guide(model):
@@ -39,9 +40,9 @@ def bumps_guide(model):
 def bumps_data():
     with torch.random.fork_rng():
         pyro.set_rng_seed(0)
-        x = pyro.poutine.trace(pyro.poutine.uncondition(bumps_model)).get_trace(torch.zeros(500, 24))
-        x = x.nodes["x"]["value"]
-    return Data(((x[:300],),), (x[300:],), 300, 200)
+        trace = poutine.trace(poutine.uncondition(bumps_model)).get_trace(torch.zeros(2200, 24))
+        x = trace.nodes["x"]["value"].squeeze(-2)
+    return Data(tuple(zip(x[:2000].split(200), strict=True)), (x[2000:],), 2000, 200)
 
 
 # --- a mixture
@@ -83,9 +84,9 @@ EXAMPLES = (
         bumps_guide,
         bumps_data,
         "signal",
-        steps=450,
-        elbo=enumerated,
-        autoguide=mean_field_given_sums_over("count"),
+        steps=600,
+        elbo=partial(TraceEnum_ELBO, max_plate_nesting=2),
+        autoguide="its densities ignore masks that depend on a latent, so that its loss is no bound",
         note="A discrete count masks places and heights, and q of these depends on it; it is summed out.",
     ),
     Example(
@@ -95,7 +96,7 @@ EXAMPLES = (
         clusters_data,
         "flower",
         steps=600,
-        elbo=enumerated,
+        elbo=partial(TraceEnum_ELBO, max_plate_nesting=1),
         autoguide=mean_field_given_sums_over("k", start=clusters_start),
         shared=("weights", "loc", "scale"),
         note="Clusters have a posterior; each flower's own is amortized, given where clusters are.",

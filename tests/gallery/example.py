@@ -61,7 +61,8 @@ class Example:
     def lines(self) -> str:
         """The user's lines: the body of ``guide``."""
         body = inspect.getsource(self.guide).split("\n", 1)[1]
-        return textwrap.dedent(body).strip().removeprefix("return ")
+        before, _, result = textwrap.dedent(body).strip().rpartition("return ")
+        return f"{before}guide = {result}"
 
 
 def mean_field(model: Model) -> tuple[Model, AutoNormal]:

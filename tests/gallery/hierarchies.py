@@ -1,13 +1,14 @@
-"""Groups: counties of houses, windows of chorales, and students who answer the same questions."""
+"""Groups: counties of houses, quarters of images, and students who answer the same questions."""
 
 import pyro
 import pyro.distributions as dist
 import torch
 
 from pyro_guides import AmortizedGuide
-from tests.problems import chorales, lsat, radon
+from tests.problems import lsat, radon
 
 from .example import Data, Example, mean_field
+from .images import digits
 
 # --- a hierarchical regression
 
@@ -42,37 +43,29 @@ def houses_data(training=65):
     return Data((batch,), held_out, int(train.sum()), int(rest.sum()))
 
 
-# --- a mixed model: new notes in the bars of chorales
+# --- a mixed model: ink in the four quarters of images
 
 
-def new_notes_model(count):
-    mean = pyro.sample("mean", dist.Normal(2.0, 1.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+def ink_model(ink):
+    mean = pyro.sample("mean", dist.Normal(4.0, 1.0))
+    lower = pyro.sample("lower", dist.Normal(0.0, 1.0))
     between = pyro.sample("between", dist.HalfNormal(1.0))
     within = pyro.sample("within", dist.HalfNormal(1.0))
-    time = torch.linspace(-1.0, 1.0, count.shape[1])
-    with pyro.plate("chorale", count.shape[0], dim=-2):
+    with pyro.plate("image", ink.shape[0], dim=-2):
         level = pyro.sample("level", dist.Normal(mean, between))
-        with pyro.plate("window", count.shape[1], dim=-1):
-            log_rate = pyro.sample("log_rate", dist.Normal(level + slope * time, within))
-            pyro.sample("count", dist.Poisson(log_rate.exp()), obs=count)
+        with pyro.plate("quarter", 4, dim=-1) as quarter:
+            log_rate = pyro.sample("log_rate", dist.Normal(level + lower * (quarter > 1), within))
+            pyro.sample("ink", dist.Poisson(log_rate.exp()), obs=ink)
 
 
-def new_notes_guide(model):
+def ink_guide(model):
     return AmortizedGuide(model)
 
 
-def new_notes(split, windows=4, beats=8):
-    """Return how many notes begin within each window, (chorales, windows)."""
-    notes, lengths = chorales.load(split)
-    notes = notes[lengths > windows * beats, : windows * beats + 1]
-    begins = (notes[:, 1:] > notes[:, :-1]).float().sum(-1)
-    return begins.unflatten(1, (windows, beats)).sum(-1)
-
-
-def new_notes_data():
-    train, held_out = new_notes("train")[:100], new_notes("test")[:50]
-    return Data(((train,),), (held_out,), len(train), len(held_out))
+def ink_data():
+    """Sums over quarters: upper left and right, lower left and right."""
+    ink = digits()[0].reshape(-1, 2, 4, 2, 4).sum((2, 4)).flatten(1)
+    return Data(((ink[:100],),), (ink[-100:],), 100, 100)
 
 
 # --- item response: abilities of students, difficulties and slopes of questions
@@ -115,14 +108,14 @@ EXAMPLES = (
     ),
     Example(
         "mixed model of counts",
-        lambda: new_notes_model,
-        new_notes_guide,
-        new_notes_data,
-        "chorale",
+        lambda: ink_model,
+        ink_guide,
+        ink_data,
+        "image",
         steps=500,
         autoguide=mean_field,
-        shared=("mean", "slope", "between", "within"),
-        note="Windows within chorales: an encoder pools over the windows, another one reads each.",
+        shared=("mean", "lower", "between", "within"),
+        note="Quarters within images: one encoder pools over quarters, another reads each.",
     ),
     Example(
         "item response",

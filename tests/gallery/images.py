@@ -90,8 +90,6 @@ def semi_supervised_data():
 
 
 # --- a conditional one: the lower half of an image from its upper half
-
-
 class Conditional(nn.Module):
     def __init__(self, latents=8):
         super().__init__()

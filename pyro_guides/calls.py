@@ -246,7 +246,7 @@ class Call:
         ]
         context = joined(contexts) if contexts else None
         values = [None if at is None else self._u[at] for at in self._upstream_turns(turn)]
-        upstream = self.network.upstream_values(turn.part, values, self.structure.plates)
+        upstream = self.network.upstream(turn.part, values, self.structure.plates, self.indices)
         return self.network.conditional(turn, context, upstream, self.indices)
 
     def _encode(self, encoding: Encoding) -> Contexts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, final
+from typing import cast, final
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,20 @@ class Part:
     def encoder(self) -> int | None:
         """Which encoder λ comes from, by position; None if λ is learned."""
         return self.encodings[0].encoder if self.encodings else None
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Upstream:
+    """What λ of a group sees of earlier groups.
+
+    Attributes:
+        values: ``(..., V)``; None if it sees none.
+        paths: the same with a gradient through the draws only.
+    """
+
+    values: Tensor | None
+    paths: Tensor | None
 
 
 @final
@@ -126,13 +140,14 @@ class Network(nn.Module):
         self,
         turn: Turn,
         context: Tensor | None,
-        upstream: Tensor | None,
+        upstream: Upstream,
         indices: Mapping[str, Tensor],
     ) -> Conditional:
         """What one group's q depends on, given its context and upstream values."""
         index = turn.part
-        inputs = (upstream, indices) if context is None else (context, upstream, indices)
-        parameters, twin = self._lambda_and_twin(index, inputs, has_upstream=upstream is not None)
+        inputs = (upstream.values, indices) if context is None else (context, upstream.values, indices)
+        parameters = self.heads[index](*inputs)
+        twin = self._twin(index, parameters, context, upstream, indices)
         key, prediction = str(index), None
         if key in self.predictors and torch.is_grad_enabled():
             blind = (x.detach() if isinstance(x, Tensor) else x for x in inputs)  # to what it could teach
@@ -140,46 +155,77 @@ class Network(nn.Module):
         control = cast("ControlVariate", self.controls[key]) if key in self.controls else None
         return Conditional(self.family(index), turn.group.bounds, parameters, twin, control, prediction)
 
-    def upstream_values(
-        self, index: int, values: Sequence[Tensor | None], plates: Mapping[str, Plate]
-    ) -> Tensor | None:
-        """What λ of one group sees of earlier groups, ``(..., V)``.
+    def upstream(
+        self,
+        index: int,
+        values: Sequence[Tensor | None],
+        plates: Mapping[str, Plate],
+        indices: Mapping[str, Tensor],
+    ) -> Upstream:
+        """What λ of one group sees of earlier groups.
+
+        A learned group that depends on nothing is seen in units of its own q: its values less their location,
+        over their spread. Globals narrow as data come in, and a head would not see them vary otherwise.
 
         Args:
             index: the group's position.
             values: u of each group in ``links.upstream``, then of each in ``links.previous`` one step ago;
                 None for what this call does not have, which is taken at its origin.
             plates: this call's plates.
+            indices: the elements that subsampled plates take.
         """
         if not values:
-            return None
+            return Upstream(None, None)
         links, origin = self.parts[index].links, self.head(index).start
-        pieces, start = [], 0
+        pieces: list[Tensor] = []
+        paths: list[Tensor] = []
+        start = 0
         for other, u in zip((*links.upstream, *links.previous), values, strict=True):
             folded = [plates[name] for name in links.folds.get(other, ())]
             width = self.parts[other].group.size * math.prod(plate.size for plate in folded)
-            pieces.append(origin[start : start + width] if u is None else fold(u, folded))
+            frame = None if folded else self.frame(other, indices)
+            if u is None:
+                pieces.append(origin[start : start + width])
+                paths.append(pieces[-1])
+            elif frame is None:
+                pieces.append(fold(u, folded))
+                paths.append(pieces[-1])
+            else:
+                location, spread = frame
+                pieces.append((u - location) / spread)
+                paths.append((u - location.detach()) / spread.detach())
             start += width
         if links.previous:  # says whether this is the first step
             first = all(u is None for u in values[len(links.upstream) :])
             pieces.append(origin.new_full((1,), float(first)))
-        return joined(pieces)
+            paths.append(pieces[-1])
+        seen = joined(pieces)
+        same = all(piece is path for piece, path in zip(pieces, paths, strict=True))
+        return Upstream(seen, seen if same else joined(paths))
 
-    def _lambda_and_twin(
-        self, index: int, inputs: tuple[Any, ...], *, has_upstream: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """λ of one group, and a twin whose only gradient path is the one through upstream values.
+    def frame(self, index: int, indices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """Location and spread of a learned group that depends on nothing; None for any other."""
+        part = self.parts[index]
+        if part.encodings or part.upstream or part.group.discrete:
+            return None
+        return self.family(index).frame(self.heads[index](None, indices))
 
-        The twin is None where there is nothing upstream, or no gradient to take.
-        """
-        head = self.heads[index]
-        parameters: Tensor = head(*inputs)
-        if not has_upstream or self.parts[index].group.discrete or not torch.is_grad_enabled():
-            return parameters, None
+    def _twin(
+        self,
+        index: int,
+        parameters: Tensor,
+        context: Tensor | None,
+        upstream: Upstream,
+        indices: Mapping[str, Tensor],
+    ) -> Tensor | None:
+        """λ with a gradient path through upstream values only; None without them, or without gradients."""
+        discrete = self.parts[index].group.discrete
+        if upstream.values is None or discrete or not torch.is_grad_enabled():
+            return None
         if torch._C._get_tracing_state():  # functional calls cannot be traced: the ordinary estimator, then
-            return parameters, parameters
-        fixed = inputs if len(inputs) == 2 else (inputs[0].detach(), *inputs[1:])
-        return parameters, held_fixed(head, *fixed)
+            return parameters
+        fixed = () if context is None else (context.detach(),)
+        return held_fixed(self.heads[index], *fixed, upstream.paths, indices)
 
 
 def step_names(encoding: Encoding, parts: Sequence[Part], turns: Sequence[Turn]) -> list[str]:

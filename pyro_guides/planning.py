@@ -117,7 +117,7 @@ def build(
     # A rehearsal on copies: lazy layers of the user's encoders must not keep what a bad input left there.
     contexts = _contexts(parts, turns, copy.deepcopy(amortizer.encoders), structure, args, kwargs)
     for part, loc in zip(parts, locs, strict=True):
-        _add_head(network, part, loc, _origin(part, locs, structure), contexts, structure, plan)
+        _add_head(network, part, loc, _origin(network, part, locs, structure), contexts, structure, plan)
     for index in range(len(parts)):
         add_control(network, index)
     _contexts(parts, turns, amortizer.encoders, structure, args, kwargs)
@@ -147,12 +147,14 @@ def _encodings_of(
     return tuple(found)
 
 
-def _origin(part: Part, locs: Sequence[Tensor], structure: Structure) -> Tensor:
-    """Where what a group depends on starts, ``(V,)``."""
+def _origin(network: Network, part: Part, locs: Sequence[Tensor], structure: Structure) -> Tensor:
+    """Where what a group depends on starts, ``(V,)``; zero for what is seen in units of its own q."""
     pieces = []
     for other in part.links.upstream:
         plates = structure.plates_of(part.links.folds.get(other, ()))
-        pieces.append(_mean(fold(locs[other], plates)))
+        start = _mean(fold(locs[other], plates))
+        in_own_units = not plates and network.frame(other, {}) is not None
+        pieces.append(torch.zeros_like(start) if in_own_units else start)
     pieces += [_mean(locs[other]) for other in part.links.previous]
     if part.links.previous:
         pieces.append(locs[0].new_zeros(1))

@@ -142,7 +142,8 @@ def pushed_log_prob(q, u, scored):
     with torch.enable_grad():
         noise = q.pull(u)[0].detach().requires_grad_()
         image = q.push(noise)[0]
-        assert torch.where(scored, image - u, torch.zeros_like(u)).abs().max() < 1e-6
+        # A bent flow is steep: its inverse magnifies rounding.
+        assert torch.where(scored, image - u, torch.zeros_like(u)).abs().max() < 1e-5
         rows = [torch.autograd.grad(v.sum(), noise, retain_graph=True)[0] for v in image.unbind(-1)]
     eye = torch.eye(u.shape[-1], dtype=u.dtype)
     volume = torch.where(_pairs(scored), torch.stack(rows, dim=-2), eye).slogdet()[1]

@@ -67,6 +67,14 @@ class BoundFamily(nn.Module, ABC):
                 independent of them. All count if None.
         """
 
+    def frame(self, parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where u lies and how far it spreads, ``(..., D)`` each; None if there is no closed form."""
+        q: Any = self(parameters)
+        try:
+            return q.mean, q.variance.sqrt()
+        except NotImplementedError:
+            return None
+
     def select(
         self, parameters: Tensor, start: int, stop: int, scored: Tensor | None = None
     ) -> VectorDistribution:

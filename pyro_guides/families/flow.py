@@ -102,6 +102,9 @@ class BoundAround(BoundFamily):
         context = loc.new_zeros(*loc.shape[:-1], self.width - self.base.width)
         return torch.cat([self.base.initial(loc, scale), context], dim=-1)
 
+    def frame(self, parameters: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.base.frame(parameters[..., : self.base.width])
+
     def parts(self, parameters: Tensor, scored: Tensor | None = None) -> tuple[VectorNormal, Tensor]:
         """The normal and the context h that λ holds."""
         inner, context = parameters.split([self.base.width, self.width - self.base.width], dim=-1)

@@ -144,7 +144,7 @@ def radon_guide(kind, args, steps=2000, family=None, **options):
 
 @pytest.mark.parametrize(
     ("kind", "means", "sds"),
-    [("intercept", 0.2, 0.35), ("slope", 0.4, 0.5)],
+    [("intercept", 0.15, 0.2), ("slope", 0.35, 0.35)],
 )
 def test_radon(kind, means, sds):
     """Every county and every global."""
@@ -163,7 +163,7 @@ def test_radon_without_upstream_values_is_too_narrow():
     guide = radon_guide("slope", args, family=DiagonalNormal(), condition_on_upstream=False)
     posterior = guide.posterior(*args, num_draws=5000)
     mean, sd = worst(errors(posterior, radon.exact("slope")[0].sites()))
-    assert max(mean / 0.4, sd / 0.5) > 1.0
+    assert max(mean / 0.35, sd / 0.35) > 1.0
 
 
 def test_county_never_seen():
@@ -199,13 +199,13 @@ def test_rats():
     guide = AmortizedGuide(
         rats.model, {"rat": MLP(16, depth=0)}, inputs=lambda age, weight: weight, init_loc_fn=start(values)
     ).setup(age, weight)
-    train(rats.model, guide, lambda: (age, weight), 1e-2, 2000, particles=8, plates=2, last=0.02)
+    train(rats.model, guide, lambda: (age, weight), 3e-2, 2000, particles=8, plates=2, last=0.02)
     posterior = guide.posterior(age, weight, num_draws=20_000)
     reference, evidence = rats.exact()
     print("gap {:.3f} ± {:.3f} nats".format(*gap(posterior, evidence)))
     mean, sd = worst(errors(posterior, reference.sites()))
-    assert mean < 0.25
-    assert sd < 0.3
+    assert mean < 0.2
+    assert sd < 0.15
 
 
 # --- crossed plates with holes

@@ -184,11 +184,11 @@ class Amortizer:
                 f"{source.label} comes with an index, so that each element of plate '{source.plates[0]}' has "
                 f"a set of rows; {type(encoder).__name__} takes one row each: take a DeepSet()"
             )
-        masked = source.site is not None and not source.varies
-        key = (id(source), self._position(encoder), kept)
+        position = self._position(encoder)
         offset = self._offsets[group.sites[0]] if group.running else None
-        encoding = Encoding(source, self._position(encoder), kept, offset, masked)
-        return self._encodings.setdefault(key, encoding)
+        return self._encodings.setdefault(
+            (id(source), position, kept), Encoding(source, position, kept, offset)
+        )
 
     def _is_amortized(self, group: Group, source: Source, kept: tuple[str, ...], *, whole: bool) -> bool:
         if whole or source.ragged:

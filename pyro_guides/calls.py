@@ -21,7 +21,7 @@ from pyro_guides.encoding import Contexts, Encoding, encode
 from pyro_guides.enumeration import is_enumerating
 from pyro_guides.families import BoundDiscrete
 from pyro_guides.groups import Group, Masks, masks, piece
-from pyro_guides.network import Network, step_names
+from pyro_guides.network import Frame, Network, step_names
 from pyro_guides.plates import subsample_indices
 from pyro_guides.structure import Structure, is_one, outer_dims
 from pyro_guides.turns import Turn, take_turns
@@ -72,6 +72,7 @@ class Call:
         self._joints: list[list[Joint]] = []
         self._tags: list[Tags] = []
         self._contexts: dict[Encoding, Contexts] = {}
+        self._frames: dict[int, Frame | None] = {}
 
     @property
     def unconstrained(self) -> list[Tensor]:
@@ -246,7 +247,7 @@ class Call:
         ]
         context = joined(contexts) if contexts else None
         values = [None if at is None else self._u[at] for at in self._upstream_turns(turn)]
-        upstream = self.network.upstream(turn.part, values, self.structure.plates, self.indices)
+        upstream = self.network.upstream(turn.part, values, self.structure.plates, self._frame)
         return self.network.conditional(turn, context, upstream, self.indices)
 
     def _encode(self, encoding: Encoding) -> Contexts:
@@ -263,6 +264,12 @@ class Call:
                 outer=self.simulated or bool(outer_dims()),
             )
         return self._contexts[encoding]
+
+    def _frame(self, index: int) -> Frame | None:
+        """The units of a group; once per call, however many steps of a sequence see it."""
+        if index not in self._frames:
+            self._frames[index] = self.network.frame(index, self.indices)
+        return self._frames[index]
 
     def _upstream_turns(self, turn: Turn) -> list[int | None]:
         """The turns whose values a group depends on, this step's first; None for what is not there."""

@@ -31,15 +31,13 @@ class Encoding:
         source: the inputs.
         encoder: which encoder reads them, by position.
         plates: the plates whose elements get a context each, leftmost dimension first.
-            offset: of a sequence, how many more steps the inputs have than the latents, at the start.
-        masked: whether the encoder needs the model's mask of what it reads.
+        offset: of a sequence, how many more steps the inputs have than the latents, at the start.
     """
 
     source: Source
     encoder: int
     plates: tuple[str, ...]
     offset: int | None = None
-    masked: bool = False
 
 
 @final

@@ -35,6 +35,11 @@ class Wishes:
     given: Mapping[str, Collection[str]]
     automatic: bool
 
+    @property
+    def mentioned(self) -> list[str]:
+        """All names in ``given``."""
+        return [name for key, names in self.given.items() for name in (key, *names)]
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ def in_order(structure: Structure, wishes: Wishes) -> Structure:
     Raises:
         ValueError: a name is unknown, or missing from ``order``; the wishes contradict each other.
     """
-    for argument, names in (("order", wishes.order or ()), ("given", _mentioned(wishes.given))):
+    for argument, names in (("order", wishes.order or ()), ("given", wishes.mentioned)):
         if unknown := [name for name in names if not _members(name, structure)]:
             raise ValueError(
                 f"{argument} names {unknown}, but the latents of this call of the model are "
@@ -214,7 +219,3 @@ def _members(name: str, structure: Structure) -> list[str]:
         return [name]
     members = (list(run.values()) for stem, run in runs(structure.latents).items() if title(stem) == name)
     return next(members, [])
-
-
-def _mentioned(given: Mapping[str, Collection[str]]) -> list[str]:
-    return [name for key, names in given.items() for name in (key, *names)]

@@ -6,7 +6,7 @@ Nothing here knows Pyro's handlers: a :class:`Network` maps inputs and upstream 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast, final
 
@@ -24,7 +24,9 @@ from pyro_guides.links import Links
 from pyro_guides.structure import Plate, Structure
 from pyro_guides.turns import Turn
 
-__all__ = ["Network", "Part", "fold", "step_names"]
+__all__ = ["Frame", "Network", "Part", "fold", "step_names"]
+
+Frame = tuple[Tensor, Tensor]  # location and spread
 
 
 @final
@@ -110,9 +112,9 @@ class Network(nn.Module):
 
     @property
     def masked(self) -> list[str]:
-        """The observed sites whose masks the encoders need: those with plates that have no contexts."""
-        encodings = [encoding for part in self.parts for encoding in part.encodings]
-        return [e.source.site for e in encodings if e.source.site is not None and e.masked]
+        """The observed sites whose masks the encoders need, if they have some."""
+        sites = [encoding.source.mask_site for part in self.parts for encoding in part.encodings]
+        return [site for site in sites if site is not None]
 
     def check_learned(self, structure: Structure) -> None:
         """Raise a ValueError if a group learned per element meets other elements than it knows."""
@@ -160,7 +162,7 @@ class Network(nn.Module):
         index: int,
         values: Sequence[Tensor | None],
         plates: Mapping[str, Plate],
-        indices: Mapping[str, Tensor],
+        frame: Callable[[int], Frame | None],
     ) -> Upstream:
         """What λ of one group sees of earlier groups.
 
@@ -172,7 +174,7 @@ class Network(nn.Module):
             values: u of each group in ``links.upstream``, then of each in ``links.previous`` one step ago;
                 None for what this call does not have, which is taken at its origin.
             plates: this call's plates.
-            indices: the elements that subsampled plates take.
+            frame: the location and spread of a group, by position, if it is to be seen in these units.
         """
         if not values:
             return Upstream(None, None)
@@ -183,15 +185,15 @@ class Network(nn.Module):
         for other, u in zip((*links.upstream, *links.previous), values, strict=True):
             folded = [plates[name] for name in links.folds.get(other, ())]
             width = self.parts[other].group.size * math.prod(plate.size for plate in folded)
-            frame = None if folded else self.frame(other, indices)
+            units = None if folded or u is None else frame(other)
             if u is None:
                 pieces.append(origin[start : start + width])
                 paths.append(pieces[-1])
-            elif frame is None:
+            elif units is None:
                 pieces.append(fold(u, folded))
                 paths.append(pieces[-1])
             else:
-                location, spread = frame
+                location, spread = units
                 pieces.append((u - location) / spread)
                 paths.append((u - location.detach()) / spread.detach())
             start += width
@@ -203,7 +205,7 @@ class Network(nn.Module):
         same = all(piece is path for piece, path in zip(pieces, paths, strict=True))
         return Upstream(seen, seen if same else joined(paths))
 
-    def frame(self, index: int, indices: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def frame(self, index: int, indices: Mapping[str, Tensor]) -> Frame | None:
         """Location and spread of a learned group that depends on nothing; None for any other."""
         part = self.parts[index]
         if part.encodings or part.upstream or part.group.discrete:

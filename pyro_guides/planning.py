@@ -287,8 +287,7 @@ def _check_dtype(part: Part, source: Source, loc: Tensor, context: Tensor) -> No
 def _check_names(plan: Plan, groups: Sequence[Group]) -> None:
     for argument in ("family", "encoder", "inputs"):
         check_keys(getattr(plan, argument), groups, f"{argument}={{...}}")
-    wished = [name for key, names in plan.wishes.given.items() for name in (key, *names)]
-    check_keys(wished, groups, "given={...}", plates=False)
+    check_keys(plan.wishes.mentioned, groups, "given={...}", plates=False)
     if plan.amortize is not None:
         plates = {name for group in groups for name in group.plates}
         if unknown := [name for name in plan.amortize if name not in plates]:

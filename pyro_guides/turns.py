@@ -52,15 +52,16 @@ def take_turns(groups: Sequence[Group], structure: Structure) -> list[Turn]:
     steps = [_steps(group, numbers) for group in groups]
     for length, block in groupby(enumerate(groups), key=lambda item: len(steps[item[0]])):
         chain, previous = list(block), dict[int, int]()
+        if not length:
+            for index, group in chain:
+                turns.append(Turn(index, group, None, dict(single), {}))
+                single[index] = len(turns) - 1
         for step in range(length):
             now: dict[int, int] = {}
             for index, group in chain:
                 turns.append(Turn(index, group.at(steps[index][step]), step, {**single, **now}, previous))
                 now[index] = len(turns) - 1
             previous = now
-        for index, group in chain if not length else ():
-            turns.append(Turn(index, group, None, dict(single), {}))
-            single[index] = len(turns) - 1
     return turns
 
 

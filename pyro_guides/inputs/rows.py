@@ -89,8 +89,8 @@ def read_rows(
         if not len(plates) <= mask.dim() <= most:
             raise _wrong_mask(mask, x, source)
         mask = pick(mask, source.plates, label=f"the mask of {source.label}")
-    elif source.site in structure.observed and not source.varies:
-        site = structure.observed[cast("str", source.site)]
+    elif source.mask_site in structure.observed:
+        site = structure.observed[cast("str", source.mask_site)]
         mask = None if kept is None else _mask_of_model(site, structure, plates, kept, source.label)
     batch_dim = x.dim() - feature_dim
     if mask is not None:

@@ -77,6 +77,11 @@ class Source:
     varies: bool = False
 
     @property
+    def mask_site(self) -> str | None:
+        """The observed site whose mask says what is there; steps are masked by their latents instead."""
+        return None if self.varies else self.site
+
+    @property
     def field(self) -> Field:
         """The first of its tensors, of whose kind all are."""
         return next(iter(self.fields.values()))

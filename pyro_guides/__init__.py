@@ -1,6 +1,13 @@
 """Amortized variational posteriors for any Pyro model."""
 
 from pyro_guides import optim as optim
+from pyro_guides.diagnostics import Calibration as Calibration
+from pyro_guides.diagnostics import Check as Check
+from pyro_guides.diagnostics import Familiarity as Familiarity
+from pyro_guides.diagnostics import Modes as Modes
+from pyro_guides.diagnostics import calibrate as calibrate
+from pyro_guides.diagnostics import check as check
+from pyro_guides.diagnostics import find_modes as find_modes
 from pyro_guides.encoders import MLP as MLP
 from pyro_guides.encoders import DeepSet as DeepSet
 from pyro_guides.encoders import GRUEncoder as GRUEncoder
@@ -18,6 +25,9 @@ from pyro_guides.families import NormalizingFlow as NormalizingFlow
 from pyro_guides.families import NormalMixture as NormalMixture
 from pyro_guides.families import ZukoFlow as ZukoFlow
 from pyro_guides.guide import AmortizedGuide as AmortizedGuide
+from pyro_guides.netcdf import to_netcdf as to_netcdf
+from pyro_guides.posterior import Loo as Loo
 from pyro_guides.posterior import Posterior as Posterior
+from pyro_guides.posterior import Prediction as Prediction
 
 __version__ = "0.1.0.dev0"

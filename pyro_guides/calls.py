@@ -23,6 +23,7 @@ from pyro_guides.families import BoundDiscrete
 from pyro_guides.groups import Group, Masks, masks, piece
 from pyro_guides.network import Frame, Network, step_names
 from pyro_guides.plates import subsample_indices
+from pyro_guides.refinement import Refinement
 from pyro_guides.structure import Structure, is_one, outer_dims
 from pyro_guides.turns import Turn, take_turns
 
@@ -42,6 +43,8 @@ class Call:
         live: whether a latent's support, mask or scale depends on other latents.
         reread: reads the model's structure again, given values of latents.
         simulated: whether the arguments hold data that the model has drawn.
+        refinement: changes of λ for the rows at hand.
+        contexts: what encoders are known to return for these inputs.
     """
 
     def __init__(
@@ -55,6 +58,8 @@ class Call:
         live: Callable[[str], bool],
         reread: Callable[[Mapping[str, Tensor]], Structure],
         simulated: bool = False,
+        refinement: Refinement | None = None,
+        contexts: dict[Encoding, Contexts] | None = None,
     ) -> None:
         self.network = network
         self.structure = structure
@@ -65,13 +70,14 @@ class Call:
         self.live = live
         self.reread = reread
         self.simulated = simulated
+        self.refinement = refinement
         self.values: dict[str, Tensor] = {}
         self.turns = take_turns([part.group for part in network.parts], structure)
         # By turn: u, None where this call does not have the group; the draws behind it; their tags.
         self._u: list[Tensor | None] = []
         self._joints: list[list[Joint]] = []
         self._tags: list[Tags] = []
-        self._contexts: dict[Encoding, Contexts] = {}
+        self._contexts: dict[Encoding, Contexts] = {} if contexts is None else contexts
         self._frames: dict[int, Frame | None] = {}
 
     @property
@@ -95,16 +101,23 @@ class Call:
             self._note(joined(drawn), joints, tags)
         return self.values
 
-    def place(self, pick: Callable[[VectorDistribution], Tensor]) -> dict[str, Tensor]:
-        """Values without sampling: u of each group is what ``pick`` takes from its q."""
+    def place(
+        self, pick: Callable[[VectorDistribution], Tensor], held: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Values without sampling: u of each group is what ``pick`` takes from its q, or what is held."""
         for turn in self.turns:
+            names = turn.group.sites
             if not self._is_latent(turn.group):
                 self._note(self._observed(turn.group))
+                continue
+            if held.keys() >= set(names):
+                self._note(joined([self.structure.latents[name].unconstrain(held[name]) for name in names]))
+                self.values |= {name: held[name] for name in names}
                 continue
             u = pick(self._conditional(turn).distribution())
             self._note(u)
             found = self._masks(turn.group)
-            for name in turn.group.sites:
+            for name in names:
                 self._refresh({name})
                 own = u[..., slice(*turn.group.bounds[name])]
                 self.values[name] = piece(self.structure.latents[name], found).constrain(own)
@@ -248,7 +261,8 @@ class Call:
         context = joined(contexts) if contexts else None
         values = [None if at is None else self._u[at] for at in self._upstream_turns(turn)]
         upstream = self.network.upstream(turn.part, values, self.structure.plates, self._frame)
-        return self.network.conditional(turn, context, upstream, self.indices)
+        change = self.refinement.get(turn.part, turn.step) if self.refinement is not None else None
+        return self.network.conditional(turn, context, upstream, self.indices, change)
 
     def _encode(self, encoding: Encoding) -> Contexts:
         """The contexts of this call, from one pass of the encoder."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import pyro
@@ -19,7 +18,7 @@ from pyro_guides.inputs import accepts, with_observations
 from pyro_guides.naming import announce, unique_name
 from pyro_guides.network import Network
 from pyro_guides.planning import Plan, build
-from pyro_guides.plates import differ, open_plate, subsample_indices, user_plates
+from pyro_guides.plates import differ, open_plates, subsample_indices, user_plates
 from pyro_guides.promotion import promote
 from pyro_guides.structure import Memory, Structure
 from pyro_guides.structure.memory import require
@@ -129,6 +128,7 @@ class AmortizedGuide(AutoGuide):
         )
         self._store_name = unique_name(name)
         self._memory: Memory | None = None
+        self._start = 0.0  # what tells whether parameters have moved
 
     # --- life cycle
 
@@ -153,6 +153,11 @@ class AmortizedGuide(AutoGuide):
         """Whether the guide has read its model and built its parameters."""
         return "network" in self._modules
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether parameters have moved since the guide was set up."""
+        return self.network.fingerprint() != self._start
+
     def setup(self, *args: Any, **kwargs: Any) -> AmortizedGuide:
         """Read the model and build all parameters; the first call of the guide does it too.
 
@@ -170,6 +175,7 @@ class AmortizedGuide(AutoGuide):
             self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
         self._memory = memory
         self._modules["network"] = network if self.training else network.eval()
+        self._start = network.fingerprint()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -235,9 +241,22 @@ class AmortizedGuide(AutoGuide):
             num_draws: S, how many draws to take.
             **kwargs: the model's keyword arguments.
         """
-        from pyro_guides.posterior import Posterior
+        from pyro_guides.posterior import Posterior, Query
 
-        return Posterior(self.setup(*args, **kwargs), args, kwargs, num_draws=num_draws)
+        return Posterior(Query.of(self.setup(*args, **kwargs), args, kwargs), num_draws=num_draws)
+
+    def posteriors(self, batches: Iterable[Any], *, num_draws: int = 1000) -> Iterator[Posterior]:
+        """The posteriors of batch after batch of rows, so that memory holds one at a time.
+
+        Args:
+            batches: a ``DataLoader``, or any iterable of what the model takes: one argument, a tuple or
+                list of arguments, or a dict of keyword arguments.
+            num_draws: S, how many draws to take of each row.
+        """
+        for batch in batches:
+            named = batch if isinstance(batch, Mapping) else {}
+            args = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
+            yield self.posterior(*args, num_draws=num_draws, **named)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Exact log q of given values of all latents, per row: see ``Posterior.log_prob``."""
@@ -271,6 +290,7 @@ class AmortizedGuide(AutoGuide):
         kwargs: dict[str, Any],
         *,
         structure: Structure | None = None,
+        **options: Any,
     ) -> Call:
         """Settle the structure, unless it is given, and open the plates of one call."""
         kwargs = dict(kwargs)
@@ -281,12 +301,20 @@ class AmortizedGuide(AutoGuide):
         settled = structure is not None
         if structure is None:
             structure = self._structure(args, kwargs, complete=observations is not None)
-        plates = self._open_plates(structure, args, kwargs, settled=settled)
+        if self.master is not None and not settled:
+            plates = dict(self.master().plates)  # the list has opened them for all of its parts
+        else:
+            own = {name for part in self.network.parts for name in part.group.plates}
+            users = user_plates(self.create_plates, args, kwargs)
+            plates = open_plates(structure, own, users, fresh=not settled and structure.static)
         indices = subsample_indices(plates)
-        reread = partial(self._read_again, args, kwargs, indices)
+        memory = self._require_memory()
+
+        def reread(given: Mapping[str, Tensor]) -> Structure:
+            return memory.read_again(self.model, args, kwargs, given, indices=indices)
+
         if not settled and not structure.static and differ(structure, indices):
             structure = reread({}).completed_by(structure)
-        live = self._require_memory().is_live
         args, kwargs = with_observations(structure, args, kwargs, observations)
         simulated = observations is not None
         return Call(
@@ -295,9 +323,10 @@ class AmortizedGuide(AutoGuide):
             plates,
             args,
             kwargs,
-            live=live,
+            live=memory.is_live,
             reread=reread,
             simulated=simulated,
+            **options,
         )
 
     def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, complete: bool) -> Structure:
@@ -306,28 +335,6 @@ class AmortizedGuide(AutoGuide):
         structure = memory.structure(self._known_model, args, kwargs, complete=complete)
         self.network.check_learned(structure)
         return structure
-
-    def _read_again(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        indices: Mapping[str, Tensor],
-        given: Mapping[str, Tensor],
-    ) -> Structure:
-        memory = self._require_memory()
-        return memory.read_again(self.model, args, kwargs, given=given, indices=indices)
-
-    def _open_plates(
-        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any], *, settled: bool
-    ) -> dict[str, pyro.plate]:
-        """The model's plates, opened by the guide; the list's, if that calls the guide as its part."""
-        if self.master is not None and not settled:
-            return dict(self.master().plates)
-        plates = user_plates(self.create_plates, args, kwargs)
-        names = {name for part in self.network.parts for name in part.group.plates}
-        for plate in structure.plates_of((names & structure.plates.keys()) - plates.keys()):
-            plates[plate.name] = open_plate(plate, fresh=not settled and structure.static)
-        return plates
 
     # --- copies, files and modules
 

@@ -21,6 +21,7 @@ from pyro_guides.families import BoundFamily, Family
 from pyro_guides.groups import Group
 from pyro_guides.heads import Head, held_fixed
 from pyro_guides.links import Links
+from pyro_guides.refinement import Refined
 from pyro_guides.structure import Plate, Structure
 from pyro_guides.turns import Turn
 
@@ -116,6 +117,11 @@ class Network(nn.Module):
         sites = [encoding.source.mask_site for part in self.parts for encoding in part.encodings]
         return [site for site in sites if site is not None]
 
+    @torch.no_grad()
+    def fingerprint(self) -> float:
+        """A number that changes when parameters move."""
+        return sum(float(parameter.double().sum()) for parameter in self.parameters())
+
     def check_learned(self, structure: Structure) -> None:
         """Raise a ValueError if a group learned per element meets other elements than it knows."""
         for index, part in enumerate(self.parts):
@@ -144,17 +150,23 @@ class Network(nn.Module):
         context: Tensor | None,
         upstream: Upstream,
         indices: Mapping[str, Tensor],
+        change: nn.Module | None = None,
     ) -> Conditional:
-        """What one group's q depends on, given its context and upstream values."""
+        """What one group's q depends on, given its context and upstream values, and a change of λ."""
         index = turn.part
+        head: nn.Module = self.head(index) if change is None else Refined(self.head(index), change)
         inputs = (upstream.values, indices) if context is None else (context, upstream.values, indices)
-        parameters = self.heads[index](*inputs)
-        twin = self._twin(index, parameters, context, upstream, indices)
-        key, prediction = str(index), None
-        if key in self.predictors and torch.is_grad_enabled():
-            blind = (x.detach() if isinstance(x, Tensor) else x for x in inputs)  # to what it could teach
-            prediction = self.predictors[key](*blind).squeeze(-1)
-        control = cast("ControlVariate", self.controls[key]) if key in self.controls else None
+        parameters: Tensor = head(*inputs)
+        blocked = self.parts[index].group.discrete or not torch.is_grad_enabled()
+        twin = None if blocked else _twin(head, parameters, context, upstream, indices)
+        key, prediction, control = str(index), None, None
+        if (
+            change is None and key in self.controls
+        ):  # they learn from costs, and a refinement leaves all as it is
+            control = cast("ControlVariate", self.controls[key])
+            if key in self.predictors and torch.is_grad_enabled():
+                blind = (x.detach() if isinstance(x, Tensor) else x for x in inputs)  # to what it could teach
+                prediction = self.predictors[key](*blind).squeeze(-1)
         return Conditional(self.family(index), turn.group.bounds, parameters, twin, control, prediction)
 
     def upstream(
@@ -212,22 +224,21 @@ class Network(nn.Module):
             return None
         return self.family(index).frame(self.heads[index](None, indices))
 
-    def _twin(
-        self,
-        index: int,
-        parameters: Tensor,
-        context: Tensor | None,
-        upstream: Upstream,
-        indices: Mapping[str, Tensor],
-    ) -> Tensor | None:
-        """λ with a gradient path through upstream values only; None without them, or without gradients."""
-        discrete = self.parts[index].group.discrete
-        if upstream.values is None or discrete or not torch.is_grad_enabled():
-            return None
-        if torch._C._get_tracing_state():  # functional calls cannot be traced: the ordinary estimator, then
-            return parameters
-        fixed = () if context is None else (context.detach(),)
-        return held_fixed(self.heads[index], *fixed, upstream.paths, indices)
+
+def _twin(
+    head: nn.Module,
+    parameters: Tensor,
+    context: Tensor | None,
+    upstream: Upstream,
+    indices: Mapping[str, Tensor],
+) -> Tensor | None:
+    """λ with a gradient path through upstream values only; None without them."""
+    if upstream.values is None:
+        return None
+    if torch._C._get_tracing_state():  # functional calls cannot be traced: the ordinary estimator, then
+        return parameters
+    fixed = () if context is None else (context.detach(),)
+    return held_fixed(head, *fixed, upstream.paths, indices)
 
 
 def step_names(encoding: Encoding, parts: Sequence[Part], turns: Sequence[Turn]) -> list[str]:

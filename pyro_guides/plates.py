@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import pyro
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_guides.structure import Plate, Structure, random_subset
 
-__all__ = ["differ", "open_plate", "subsample_indices", "user_plates"]
+__all__ = ["differ", "open_plates", "subsample_indices", "user_plates"]
 
 
 def subsample_indices(plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
@@ -22,8 +22,22 @@ def subsample_indices(plates: Mapping[str, pyro.plate]) -> dict[str, Tensor]:
     }
 
 
-def open_plate(plate: Plate, *, fresh: bool) -> pyro.plate:
-    """Open a plate as the model does; a ``fresh`` subsample where the model asks for any rows."""
+def open_plates(
+    structure: Structure, names: Collection[str], users: dict[str, pyro.plate], *, fresh: bool
+) -> dict[str, pyro.plate]:
+    """The named plates as the model opens them, besides those that the user has opened.
+
+    Args:
+        structure: the model's structure.
+        names: the plates that the guide needs; those that this call lacks are left out.
+        users: plates that the user has opened.
+        fresh: whether to subsample anew where the model asks for any rows.
+    """
+    needed = structure.plates_of((set(names) & structure.plates.keys()) - users.keys())
+    return {**users, **{plate.name: _open(plate, fresh=fresh) for plate in needed}}
+
+
+def _open(plate: Plate, *, fresh: bool) -> pyro.plate:
     if plate.size == -1:
         return pyro.plate(plate.name, dim=plate.dim)
     if not plate.subsampled:

@@ -1,24 +1,29 @@
-"""Scores a model at many draws, each exactly as one call of the model would.
+"""Runs a model at many draws of its latents, each exactly as one call of the model would.
 
-Most users' models are written for one value per latent and do not broadcast over draws. ``torch.vmap`` runs
-them on all draws at once with the meaning of a loop; where it cannot, a loop it is.
+Most users' models are written for one value per latent and do not broadcast over draws; ``torch.vmap`` runs
+them on all draws at once with the meaning of a loop.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["Scores", "score_model"]
+from pyro_guides.blocks import Blocks
+from pyro_guides.vectorized import Vectorized, draw
+from pyro_guides.vectorized import count as number_of_draws
+
+__all__ = ["ModelCall", "Scores", "Simulation"]
 
 _VALUES_PER_PASS = 2_000_000  # bounds the memory of one pass
 
@@ -41,83 +46,255 @@ class Scores:
     observed: PerSite
 
 
-def score_model(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    draws: Mapping[str, Tensor],
-    indices: Mapping[str, Tensor],
-) -> Scores:
-    """Run the model at every draw.
+@final
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """What a model has drawn S times.
 
-    Args:
+    Attributes:
+        values: by site, ``(S, *natural shape)``.
+        plates: the dimension of each of a site's plates, by name.
+        event_dims: how many dimensions one value has.
+        observed: the sites that are observed, or computed from others, when the model is not simulated.
+    """
+
+    values: PerSite
+    plates: Mapping[str, Mapping[str, int]]
+    event_dims: Mapping[str, int]
+    observed: frozenset[str]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Sites:
+    """The sites of a model that have a density: what is observed, their plates, how large they are."""
+
+    observed: PerSite
+    plates: Mapping[str, set[str]]
+    event_dims: Mapping[str, int]
+    size: int
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.plates)
+
+
+@final
+@dataclass(eq=False)
+class ModelCall:
+    """A model with its arguments, to be run at draws of its latents.
+
+    Attributes:
         model: the model.
         args: its arguments.
         kwargs: its keyword arguments.
-        draws: values of all latents, ``(S, *natural shape)``.
         indices: the elements that subsampled plates take.
-
-    Raises:
-        NotImplementedError: the model draws other latents itself.
+        blocks: where the model subsamples a plate by itself and all its elements are asked for; the model is
+            run on one subsample after the other.
     """
 
-    def run(values: Mapping[str, Tensor]) -> Trace:
-        given = _trace_of({**values, **indices})
-        with torch.no_grad(), poutine.block():
-            trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
-            trace.compute_log_prob()
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    indices: Mapping[str, Tensor] = field(default_factory=dict)
+    blocks: Blocks | None = None
+    _scoring: Vectorized = field(default_factory=Vectorized)
+    _simulating: Vectorized = field(default_factory=Vectorized)
+    _known: _Sites | None = None
+
+    def score(self, draws: PerSite, held: Mapping[str, Tensor] | None = None) -> Scores:
+        """Log densities of draws ``(S, *natural shape)``; differentiable where gradients are on.
+
+        Args:
+            draws: values of latents.
+            held: values of all other latents, the same for each draw.
+
+        Raises:
+            NotImplementedError: the model draws other latents itself.
+        """
+        if self.blocks is None:
+            return self._score(draws, held or {}, self.indices)
+        return self._score_blocks(self.blocks, draws, held or {})
+
+    def simulate(
+        self,
+        draws: PerSite,
+        held: Mapping[str, Tensor] | None = None,
+        *,
+        count: int | None = None,
+    ) -> Simulation:
+        """What the model draws at values of its latents; observed sites are drawn anew.
+
+        Args:
+            draws: values of latents, ``(S, *natural shape)``; those that are left out are drawn, too.
+            held: values of more latents, the same for each draw.
+            count: S; that of ``draws`` if None.
+
+        Raises:
+            ValueError: the model expects values of other shapes.
+        """
+        count = number_of_draws(draws) if count is None else count
+        with torch.no_grad():
+            if self.blocks is None:
+                return self._simulate(draws, held or {}, self.indices, count)
+            blocks, parts = self.blocks, []
+            for index in blocks.indices:
+                own, fixed = blocks.part(draws, index), blocks.part(held or {}, index)
+                parts.append(self._simulate(own, fixed, {blocks.plate.name: index}, count))
+        event_dims = {
+            n: parts[0].event_dims[n] for n, own in parts[0].plates.items() if blocks.plate.name in own
+        }
+        values = blocks.joined([part.values for part in parts], event_dims)
+        return replace(parts[0], values=values)
+
+    def _simulate(
+        self, draws: PerSite, held: Mapping[str, Tensor], indices: Mapping[str, Tensor], count: int
+    ) -> Simulation:
+        inputs = (draws, torch.empty(count, 0))  # an empty row per draw: there may be no draws to run over
+
+        def run(values: PerSite, _: Tensor) -> Trace:
+            return self._run({**held, **values}, indices, _Hide({*draws, *held}))
+
+        first = run(*draw(inputs, 0))
+        sites: dict[str, Any] = {name: site for name, site in first.nodes.items() if _is_random(site)}
+        new = [
+            n for n in sites if n not in draws and n not in held and sites[n]["value"].numel()
+        ]  # no factors
+
+        def values(*own: Any) -> PerSite:
+            nodes = run(*own).nodes
+            return {name: torch.as_tensor(nodes[name]["value"]) for name in new}
+
+        size = sum(torch.as_tensor(sites[name]["value"]).numel() for name in new)
+        return Simulation(
+            self._simulating(values, inputs, max(1, _VALUES_PER_PASS // max(1, size))),
+            {name: {f.name: f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized} for name in new},
+            {name: _event_dim(sites[name]) for name in new},
+            frozenset(name for name in new if not _was_latent(sites[name])),
+        )
+
+    def _score(self, draws: PerSite, held: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Scores:
+        found = self._known or self._find(draws, held, indices)
+        if self.blocks is None:
+            self._known = found
+
+        def score(values: PerSite) -> tuple[PerSite, PerSite]:
+            nodes = self._scored({**held, **values}, indices).nodes
+            log_prob = {name: _full(nodes[name], "log_prob") for name in found.names}
+            return log_prob, {name: _full(nodes[name], "unscaled_log_prob") for name in found.observed}
+
+        at_once = max(1, _VALUES_PER_PASS // max(1, found.size))
+        log_prob, likelihood = self._scoring(score, (dict(draws),), at_once)
+        return Scores(log_prob, likelihood, found.observed)
+
+    def _find(self, draws: PerSite, held: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> _Sites:
+        """The sites that have a density, from one run at the first draw."""
+        with torch.no_grad(), pyro.validation_enabled(False):  # weights that are NaN are told of by row
+            nodes = self._scored({**held, **draw(draws, 0)}, indices).nodes
+        sites = {name: site for name, site in nodes.items() if _is_random(site) and not _is_computed(site)}
+        latent = [name for name, site in sites.items() if not site["is_observed"]]
+        if drawn := [name for name in latent if name not in draws and name not in held]:
+            raise NotImplementedError(
+                f"the model itself draws {drawn}, which the guide leaves to it (enumerated sites, for "
+                "instance), so log p of the other latents alone is not to be had"
+            )
+        values = {name: torch.as_tensor(site["value"]) for name, site in sites.items()}
+        observed = {name: value for name, value in values.items() if sites[name]["is_observed"]}
+        inside = {name: {f.name for f in site["cond_indep_stack"]} for name, site in sites.items()}
+        size = sum(value.numel() for value in values.values())
+        return _Sites(observed, inside, {name: _event_dim(site) for name, site in sites.items()}, size)
+
+    def _score_blocks(self, blocks: Blocks, draws: PerSite, held: Mapping[str, Tensor]) -> Scores:
+        """Scores of all elements of a plate, from subsamples of the model's own size."""
+        plate = blocks.plate
+        parts = [
+            self._score(blocks.part(draws, index), blocks.part(held, index), {plate.name: index})
+            for index in blocks.indices
+        ]
+        first = blocks.indices[0]
+        found = self._find(blocks.part(draws, first), blocks.part(held, first), {plate.name: first})
+        event_dims = {n: found.event_dims[n] for n, plates in found.plates.items() if plate.name in plates}
+        none = dict.fromkeys(event_dims, 0)
+        log_prob = blocks.joined([scores.log_prob for scores in parts], none)
+        return Scores(
+            {name: value / plate.scale if name in none else value for name, value in log_prob.items()},
+            blocks.joined([scores.likelihood for scores in parts], none),
+            blocks.joined([scores.observed for scores in parts], event_dims),
+        )
+
+    def _scored(self, values: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Trace:
+        trace = self._run(values, indices)
+        trace.compute_log_prob()
         return trace
 
-    first = run({name: value[0] for name, value in draws.items()})
-    sites = [name for name, site in first.nodes.items() if _is_random(site)]
-    if drawn := [name for name in first.stochastic_nodes if name in sites and name not in draws]:
-        raise NotImplementedError(
-            f"the model itself draws {drawn}, which the guide leaves to it (enumerated sites, for "
-            "instance), so log p of the other latents alone is not to be had"
-        )
-    observed = {n: _full(first.nodes[n], "value") for n in first.observation_nodes if n in sites}
-
-    def score(values: Mapping[str, Tensor]) -> tuple[PerSite, PerSite]:
-        nodes = run(values).nodes
-        log_prob = {name: _full(nodes[name], "log_prob") for name in sites}
-        return log_prob, {name: _full(nodes[name], "unscaled_log_prob") for name in observed}
-
-    size = sum(_full(first.nodes[name], "value").numel() for name in sites)
-    log_prob, likelihood = _over_draws(score, draws, max(1, _VALUES_PER_PASS // max(1, size)))
-    return Scores(log_prob, likelihood, observed)
+    def _run(
+        self,
+        values: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+        handler: AbstractContextManager[Any] = nullcontext(),  # noqa: B008 - it has no state
+    ) -> Trace:
+        model = poutine.replay(self.model, trace=_trace_of({**values, **indices}))
+        with poutine.block(), handler:
+            return poutine.trace(model).get_trace(*self.args, **self.kwargs)
 
 
-def _over_draws(
-    score: Callable[[Mapping[str, Tensor]], tuple[PerSite, PerSite]],
-    draws: Mapping[str, Tensor],
-    at_once: int,
-) -> tuple[PerSite, PerSite]:
-    try:
-        # Validation asks for Python booleans, and missing batching rules warn before they loop.
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.vmap(score, chunk_size=at_once)(dict(draws))
-    except Exception:  # noqa: BLE001 - one draw went well, so vmap is what failed: anything may come
-        count = len(next(iter(draws.values())))
-        scores = [score({name: x[i] for name, x in draws.items()}) for i in range(count)]
-        first, second = zip(*scores, strict=True)
-        return _stacked(first), _stacked(second)
+@final
+class _Hide(Messenger):
+    """Draws observed sites anew; what is computed from others is computed still.
 
+    Args:
+        given: the latents whose values must be what the model expects.
+    """
 
-def _stacked(scores: tuple[PerSite, ...]) -> PerSite:
-    return {name: torch.stack([score[name] for score in scores]) for name in scores[0]}
+    def __init__(self, given: Collection[str]) -> None:
+        super().__init__()
+        self.given = given
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not _is_computed(msg):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+            msg["infer"]["was_observed"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.given:
+            return
+        expected, got = tuple(msg["fn"].shape()), tuple(msg["value"].shape)
+        if got != expected:
+            raise ValueError(
+                f"the draws of '{msg['name']}' have shape {got}, but the model with these arguments expects "
+                f"{expected}; give guide.posterior(...) arguments for the same rows"
+            )
 
 
 def _full(site: Any, key: str) -> Tensor:
-    """A site's log density in the full batch shape of the site (or its value, as it is)."""
+    """A site's log density in the full batch shape of the site."""
     value = torch.as_tensor(site[key])
-    if key == "value":
-        return value
     return value.expand(torch.broadcast_shapes(value.shape, site["fn"].batch_shape))
 
 
 def _is_random(site: Any) -> bool:
     return site["type"] == "sample" and not site_is_subsample(site)
+
+
+def _is_computed(site: Any) -> bool:
+    """Whether it is a ``pyro.deterministic``, which has no density."""
+    return bool(site["infer"].get("_deterministic"))
+
+
+def _event_dim(site: Any) -> int:
+    """How many dimensions one value has; a ``pyro.deterministic`` may leave that open."""
+    event_dim: int = site["fn"].event_dim
+    if _is_computed(site) and event_dim == site["value"].dim():
+        frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+        depth = max((-frame.dim for frame in frames), default=0)
+        shape = site["value"].shape[:depth]
+        if len(shape) == depth and all(shape[frame.dim] == frame.size for frame in frames):
+            return event_dim - depth
+    return event_dim
+
+
+def _was_latent(site: Any) -> bool:
+    return not site["infer"].get("was_observed") and not site["is_observed"] and not _is_computed(site)
 
 
 def _trace_of(values: Mapping[str, Tensor]) -> Trace:

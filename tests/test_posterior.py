@@ -1,12 +1,7 @@
 """Posteriors against exact answers: draws, densities, summaries, unseen rows, export."""
 
-import collections
 import math
-import sys
-import types
-import warnings
 
-import arviz as az
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -17,8 +12,8 @@ from pyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from torch import nn
 
-import pyro_guides.posterior as posterior_module
-from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, optim, to_arviz
+import pyro_guides.posterior.posterior as posterior_module
+from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, optim
 
 NOISE = 0.6
 SHRINK = 1 / (1 + NOISE**2)  # exact: z | x ~ N(SHRINK x, NOISE² SHRINK)
@@ -125,8 +120,31 @@ def test_all_rows_of_a_model_that_subsamples_by_itself():
     assert posterior.draws["z"].shape == (300, 12)
     close(posterior.median()["z"], SHRINK * X)
     close(posterior.log_q, stats.norm(SHRINK * X.numpy(), SD).logpdf(posterior.draws["z"].numpy()), 1e-4)
-    with pytest.raises(NotImplementedError, match=r"subsamples \['data'\] by itself"):
-        posterior.log_p  # noqa: B018
+    # The model is scored and asked for predictions on blocks of its own size: 4, 4 and 4 of 12.
+    evidence = stats.norm(0, math.sqrt(1 + NOISE**2)).logpdf(X.numpy())[None].repeat(300, 0)
+    close(posterior.log_weights, evidence, 1e-4)
+    close(
+        posterior.log_likelihood["x"], stats.norm(posterior.draws["z"].numpy(), NOISE).logpdf(X.numpy()), 1e-4
+    )
+    assert torch.equal(posterior.observed["x"], X)
+    assert posterior.predict()["x"].shape == (300, 12)
+
+
+def test_last_block_of_a_model_that_subsamples_by_itself_may_overlap():
+    def by_fives(x):
+        with pyro.plate("data", len(x), subsample_size=5) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.deterministic("twice", 2 * z)
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x[index])
+
+    posterior = exact_guide(by_fives).posterior(X, num_draws=50)
+    whole = exact_guide(rows).posterior(X, num_draws=50)
+    expected = whole.query.model.score(posterior.draws)
+    close(posterior.log_p, sum(expected.log_prob.values()), 1e-5)
+    prediction = posterior.predict()
+    close(prediction["twice"], 2 * posterior.draws["z"])
+    noise = (prediction["x"] - posterior.draws["z"]) / NOISE
+    assert abs(noise.std() - 1) < 4.5 / math.sqrt(2 * noise.numel())
 
 
 # --- many shapes
@@ -242,142 +260,3 @@ def test_quantiles_from_draws_where_there_is_no_closed_form(name):
     levels = [0.1, 0.5, 0.8]
     for site, values in posterior.quantiles(levels).items():
         close(values, np.quantile(posterior.draws[site].numpy(), levels, axis=0), 1e-4)
-
-
-# --- ArviZ
-
-GROUPS = ["log_likelihood", "observed_data", "posterior", "sample_stats"]
-
-
-def same_values(idata, posterior, rename=lambda name: name):
-    assert sorted(idata.groups()) == GROUPS
-    for group, found in (("posterior", posterior.draws), ("log_likelihood", posterior.log_likelihood)):
-        assert sorted(idata[group].data_vars) == sorted(map(rename, found))
-        for name, values in found.items():
-            stored = idata[group][rename(name)].values
-            assert stored.dtype == values.numpy().dtype
-            assert np.array_equal(stored.reshape(values.shape), values.numpy())
-    for name, values in (("lp", posterior.log_p), ("log_q", posterior.log_q)):
-        assert np.array_equal(idata.sample_stats[name].values[0], values.numpy())
-    for name, values in posterior.observed.items():
-        assert np.array_equal(idata.observed_data[rename(name)].values.reshape(values.shape), values.numpy())
-
-
-def through_file(idata, folder):
-    path = str(folder / "posterior.nc")
-    idata.to_netcdf(path)
-    with warnings.catch_warnings():  # xarray leaves a filter behind
-        return az.from_netcdf(path)
-
-
-@pytest.mark.parametrize("name", ["rows", "shared", "deep_rows", "nested"])
-def test_export_keeps_values_and_names_dimensions(name, tmp_path):
-    guide, x = trained(name, steps=3)
-    posterior = guide.posterior(x, num_draws=20)
-    idata = to_arviz(posterior)
-    same_values(idata, posterior)
-    plates = {"nested": ["group", "item"]}.get(name, ["data"])
-    assert list(idata.posterior["z"].dims)[: 2 + len(plates)] == ["chain", "draw", *plates]
-    assert list(idata.observed_data["x"].dims) == plates
-    assert list(idata.log_likelihood["x"].dims) == ["chain", "draw", *plates]
-    assert list(idata.sample_stats["lp"].dims) == ["chain", "draw", *posterior.row_plates]
-    assert idata.posterior.attrs["families"].split(", ") == ["FullRankNormal"] * len(guide.families)
-    assert idata.posterior.attrs["inference_library"] == "pyro_guides"
-    same_values(through_file(idata, tmp_path), posterior)
-    summary = az.summary(idata, kind="stats")
-    assert len(summary) == sum(math.prod(shape) for shape in SHAPES[name][2].values())
-
-
-def test_export_coords_and_dims():
-    guide, x = trained("nested", steps=1)
-    coords = {"group": ["a", "b", "c"], "part": [10, 20, 30, 40]}
-    idata = to_arviz(guide.posterior(x, num_draws=7), coords=coords, dims={"weight": ["part"], "z": ["axis"]})
-    assert idata.posterior["weight"].dims == ("chain", "draw", "group", "part")
-    assert idata.posterior["z"].dims == ("chain", "draw", "group", "item", "axis")
-    assert idata.posterior["weight"].sel(group="b", part=30).shape == (1, 7)
-    assert list(idata.posterior["z"].coords["group"].values) == ["a", "b", "c"]
-
-
-def named(*names, plate="data"):
-    def model(x):
-        with pyro.plate(plate, len(x)):
-            total = sum(pyro.sample(n, dist.Normal(torch.zeros(2), 1.0).to_event(1)) for n in names)
-            pyro.sample("x", dist.Normal(total[..., 0], 1.0), obs=x)
-
-    return AmortizedGuide(model).posterior(X, num_draws=6)
-
-
-def test_export_renames_what_a_file_cannot_hold(tmp_path):
-    posterior = named("net/layer.0/bias", "z")
-    dims = {"net/layer.0/bias": ["z"]}  # a dimension may not be named like a variable
-    idata = to_arviz(posterior, dims=dims)
-    same_values(idata, posterior, lambda name: name.replace("/", "."))
-    assert idata.posterior["net.layer.0.bias"].dims == ("chain", "draw", "data", "z_dim")
-    same_values(through_file(idata, tmp_path), posterior, lambda name: name.replace("/", "."))
-
-
-@pytest.mark.parametrize(
-    ("names", "plate"),
-    [
-        (["lp", "log_q"], "data"),
-        (["z", "chain"], "data"),
-        (["draw"], "data"),
-        (["z"], "draw"),
-        (["z"], "chain"),
-    ],
-)
-def test_export_names_of_arviz_lose_nothing(names, plate):
-    """Either everything is there, in its dimensions, or an error names the culprit."""
-    posterior = named(*names, plate=plate)
-    try:
-        idata = to_arviz(posterior)
-    except ValueError as error:
-        assert any(f"'{name}'" in str(error) for name in ("chain", "draw"))  # noqa: PT017
-        return
-    assert len(idata.posterior.data_vars) == len(names)
-    for name in names:
-        (found,) = [v for v in idata.posterior.data_vars if v.startswith(name)]
-        assert np.array_equal(idata.posterior[found].values[0], posterior.draws[name].numpy())
-        assert len({"chain", "draw"} | set(idata.posterior[found].dims)) == 4
-        assert any(plate in dim for dim in idata.posterior[found].dims[2:])
-
-
-@pytest.mark.parametrize(
-    ("names", "options", "culprit"),
-    [
-        (["a/b", "a.b"], {}, "a.b"),
-        (["z"], {"dims": {"z": ["data"]}}, "data"),
-        (["z"], {"dims": {"y": ["k"]}}, "y"),
-        (["z"], {"dims": {"z": ["k", "l"]}}, "z"),
-        (["z"], {"coords": {"dat": list(range(12))}}, "dat"),
-        (["z"], {"coords": {"data": [1, 2]}}, "data"),
-    ],
-)
-def test_export_refuses_what_would_lose_data(names, options, culprit):
-    with pytest.raises(ValueError, match=culprit):
-        to_arviz(named(*names), **options)
-
-
-def test_export_to_arviz_1(monkeypatch):
-    """ArviZ 1.x is known by ``convert_to_datatree`` and takes the groups as one nested dict."""
-    calls = []
-    module = types.ModuleType("arviz")
-    module.convert_to_datatree = None
-    tree = collections.defaultdict(lambda: types.SimpleNamespace(attrs={}))
-    module.from_dict = lambda *args, **kwargs: calls.append((args, kwargs)) or tree
-    monkeypatch.setitem(sys.modules, "arviz", module)
-    posterior = named("a/b")
-    assert to_arviz(posterior, coords={"data": list(range(12))}) is tree
-    ((groups,), options), *rest = calls
-    assert rest == []
-    assert sorted(groups) == GROUPS
-    assert np.array_equal(groups["posterior"]["a.b"], posterior.draws["a/b"].numpy()[None])
-    assert groups["observed_data"]["x"].shape == (12,)
-    assert options["dims"]["a.b"] == ["data"]
-    assert options["coords"] == {"data": list(range(12))}
-    assert options["attrs"]["inference_library"] == "pyro_guides"
-    del module.convert_to_datatree  # control: without it, ArviZ 0.x's keywords
-    to_arviz(posterior)
-    assert calls[1][0] == ()
-    assert sorted(set(calls[1][1]) - {"coords", "dims"}) == GROUPS
-    assert {tree[group].attrs["inference_library"] for group in GROUPS} == {"pyro_guides"}

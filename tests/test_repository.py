@@ -17,10 +17,15 @@ ARROWS = {
     "layers": set(),
     "naming": set(),
     "optim": set(),
-    "export": set(),
+    "variables": set(),
+    "export": {"variables"},
+    "netcdf": {"export", "variables"},
+    "statistics": set(),
+    "vectorized": set(),
     "structure": {"distributions"},
     "encoders": {"layers"},
     "heads": {"layers"},
+    "refinement": {"heads"},
     "families": {"distributions", "layers"},
     "enumeration": set(),
     "conditional": {"distributions", "families", "heads"},
@@ -39,6 +44,7 @@ ARROWS = {
         "groups",
         "heads",
         "links",
+        "refinement",
         "structure",
         "turns",
     },
@@ -67,11 +73,33 @@ ARROWS = {
         "groups",
         "network",
         "plates",
+        "refinement",
         "structure",
         "turns",
     },
-    "scoring": set(),
-    "posterior": {"distributions", "scoring", "structure"},
+    "blocks": {"structure"},
+    "scoring": {"blocks", "vectorized"},
+    "posterior": {
+        "blocks",
+        "distributions",
+        "encoding",
+        "refinement",
+        "scoring",
+        "statistics",
+        "structure",
+        "turns",
+        "variables",
+    },
+    "diagnostics": {
+        "distributions",
+        "encoding",
+        "inputs",
+        "posterior",
+        "statistics",
+        "structure",
+        "variables",
+    },
+    "plots": {"diagnostics", "posterior", "statistics"},
     "guide": {
         "calls",
         "families",
@@ -89,7 +117,7 @@ ARROWS |= {"__init__": set(ARROWS), "training": set(ARROWS)}
 # layer -> the layers it may also import inside a function, where a cycle does no harm
 LAZY_ARROWS = {"guide": {"posterior"}}
 
-NO_TORCH = {"export"}  # it turns NumPy arrays into ArviZ objects
+NO_TORCH = {"export", "netcdf", "statistics", "variables"}  # it turns NumPy arrays into ArviZ objects
 FORBIDDEN_MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec"}
 OPTIONAL_PACKAGES = {"arviz", "lightning", "matplotlib", "pandas", "sklearn", "zuko"}

@@ -107,8 +107,8 @@ class Memory:
         model: Model,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        *,
         given: Mapping[str, Tensor] | None = None,
+        *,
         indices: Mapping[str, Tensor] | None = None,
     ) -> Structure:
         """Read the model as far as the guide needs it, at given values and elements of plates."""

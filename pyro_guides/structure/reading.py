@@ -190,7 +190,7 @@ class _Reader(Messenger):
             msg["value"] = value
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if _is_subsample(msg):
+        if _is_subsample(msg) or msg["infer"].get("_deterministic"):
             return
         name = msg["name"]
         if name in self.latents or name in self.observed:

@@ -12,11 +12,17 @@ import pyro
 import torch
 
 import pyro_guides
-from tests.benchmarks import chorales, flows, gallery, speed
+from tests.benchmarks import chorales, flows, gallery, judgement, speed
 from tests.benchmarks.clock import SEED
 from tests.benchmarks.report import markdown
 
-BENCHMARKS = {"speed": speed.run, "flows": flows.run, "chorales": chorales.run, "gallery": gallery.run}
+BENCHMARKS = {
+    "speed": speed.run,
+    "flows": flows.run,
+    "judgement": judgement.run,
+    "chorales": chorales.run,
+    "gallery": gallery.run,
+}
 
 
 def main() -> None:

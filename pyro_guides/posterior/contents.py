@@ -1,0 +1,128 @@
+"""What a posterior holds, as named NumPy arrays for ArviZ."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_guides.structure import Structure
+from pyro_guides.variables import Variable
+
+if TYPE_CHECKING:
+    from pyro_guides.posterior.posterior import Posterior
+
+__all__ = ["attributes", "contents", "variable"]
+
+_DRAW_DIMS = ("chain", "draw")
+
+
+def contents(posterior: Posterior) -> dict[str, dict[str, Variable]]:
+    """All that ArviZ takes of a posterior."""
+    query = posterior.query
+    structure, rows = query.structure, query.row_plates
+    dims = {name: _dims(site.plates, structure) for name, site in structure.latents.items()}
+    dims |= {name: _dims(site.plates, structure) for name, site in structure.observed.items()}
+
+    def drawn(values: Mapping[str, Tensor], event: Mapping[str, int]) -> dict[str, Variable]:
+        return {name: variable(value, dims[name], event[name]) for name, value in values.items()}
+
+    latents = query.latents
+    unconstrained = {
+        name: latent.unconstrain(posterior.draws[name]).flatten(-1)
+        for name, latent in latents.items()
+        if not latent.discrete
+    }
+    events = {name: len(latent.event_shape) for name, latent in latents.items()}
+    groups = {
+        "posterior": drawn(posterior.draws, events),
+        "unconstrained_posterior": drawn(unconstrained, dict.fromkeys(latents, 1)),
+        "log_likelihood": drawn(posterior.log_likelihood, dict.fromkeys(posterior.log_likelihood, 0)),
+        "observed_data": {
+            name: variable(value, dims[name], structure.observed[name].event_dim, draws=False)
+            for name, value in posterior.observed.items()
+        },
+        "constant_data": _constants(posterior),
+        "sample_stats": _statistics(posterior, _dims(rows, structure)),
+    }
+    return {group: found for group, found in groups.items() if found}
+
+
+def attributes(posterior: Posterior) -> dict[str, Any]:
+    """What is noted beside the arrays."""
+    note = "draws from q; weight by exp(log_weight)"
+    if posterior.resampled:
+        note = "draws from q, resampled with Pareto-smoothed weights; not to be weighted again"
+    held = {f"given_{name}": value.flatten().tolist() for name, value in posterior.query.held.items()}
+    families = ", ".join(type(family).__name__ for family in posterior.guide.families)
+    return {"families": families, "arviz_note": note, **held}
+
+
+def variable(value: Tensor, plates: Mapping[str, int], event_dim: int, *, draws: bool = True) -> Variable:
+    """An array with the names of its plates.
+
+    Args:
+        value: ``(S, *batch, *event)``, or ``(*batch, *event)``.
+        plates: the dimension of each plate, by name.
+        event_dim: how many dimensions one value has.
+        draws: whether the first dimension is that of draws.
+    """
+    array = value.numpy(force=True)
+    lead = int(draws)
+    batch = array.shape[lead : array.ndim - event_dim]
+    ordered = sorted(plates, key=lambda name: plates[name])
+    named: tuple[str, ...] = ()
+    if ordered and -plates[ordered[0]] <= len(batch):  # else it broadcasts over its plates
+        kept = [batch[plates[name]] for name in ordered]
+        # Dimensions between plates have size 1 and no name.
+        array = array.reshape(*array.shape[:lead], *kept, *array.shape[lead + len(batch) :])
+        named = tuple(ordered)
+    if not draws:
+        return Variable(array, named)
+    return Variable(array[None], _DRAW_DIMS + named)
+
+
+def _dims(plates: tuple[str, ...], structure: Structure) -> dict[str, int]:
+    return {name: structure.plates[name].dim for name in plates}
+
+
+def _statistics(posterior: Posterior, rows: Mapping[str, int]) -> dict[str, Variable]:
+    """Log densities of each draw, and what they say of q."""
+    per_draw = {"lp": posterior.log_p, "log_q": posterior.log_q}
+    found = {name: _in_rows(value, rows, draws=True) for name, value in per_draw.items()}
+    if not posterior.resampled:
+        found["log_weight"] = _in_rows(posterior.log_weights, rows, draws=True)
+        if posterior.num_draws >= 25:
+            found["k_hat"] = _in_rows(posterior.k_hat, rows, draws=False)
+    return found
+
+
+def _in_rows(value: Tensor, rows: Mapping[str, int], *, draws: bool) -> Variable:
+    array = value.numpy(force=True)
+    names = tuple(sorted(rows, key=lambda name: rows[name]))
+    return Variable(array[None], _DRAW_DIMS + names) if draws else Variable(array, names)
+
+
+def _constants(posterior: Posterior) -> dict[str, Variable]:
+    """The model's tensor arguments that it does not observe."""
+    query = posterior.query
+    observed = {site.argument for site in query.structure.observed.values()}
+    try:
+        names = list(inspect.signature(query.guide.model).parameters)
+    except (TypeError, ValueError):
+        names = []
+    found: dict[str, Any] = {
+        names[at] if at < len(names) else f"argument_{at}": value
+        for at, value in enumerate(query.args)
+        if at not in observed
+    }
+    found |= {name: value for name, value in query.kwargs.items() if name not in observed}
+    taken = {*query.structure.latents, *query.structure.observed}
+    return {
+        name: Variable(value.numpy(force=True), ())
+        for name, value in found.items()
+        if isinstance(value, torch.Tensor) and name not in taken
+    }

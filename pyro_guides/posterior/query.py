@@ -1,0 +1,250 @@
+"""What a posterior is asked for: a guide, its arguments, and values that are held.
+
+Runs the guide for many draws side by side, and sums densities row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast, final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_guides.blocks import Blocks
+from pyro_guides.encoding import Contexts, Encoding
+from pyro_guides.refinement import Refinement
+from pyro_guides.scoring import ModelCall
+from pyro_guides.structure import Latent, Observed, Plate, Structure
+from pyro_guides.turns import Turn, take_turns
+
+if TYPE_CHECKING:
+    from pyro_guides.guide import AmortizedGuide
+
+__all__ = ["Query"]
+
+_DRAWS = "_posterior_draws"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A guide with the model's arguments, all rows that are at hand, and values that are held.
+
+    Attributes:
+        guide: the guide.
+        args: the model's arguments.
+        kwargs: the model's keyword arguments.
+        structure: the model's structure, with all rows that are at hand.
+        opened: the plates that the model subsamples by itself, as it opens them.
+        held: values of upper latents, in natural shapes; draws of the others are taken given these.
+        refinement: changes of λ for these rows.
+        contexts: what the encoders return for these rows, filled by the first run; None if they are to be
+            asked in each.
+    """
+
+    guide: AmortizedGuide
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    structure: Structure
+    opened: Mapping[str, Plate]
+    held: Mapping[str, Tensor] = field(default_factory=dict)
+    refinement: Refinement | None = None
+    contexts: dict[Encoding, Contexts] | None = None
+
+    @classmethod
+    def of(cls, guide: AmortizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Query:
+        """The posterior of all latents.
+
+        Raises:
+            NotImplementedError: the model computes masks, scales or supports for its own subsample only.
+        """
+        structure = guide._structure(args, kwargs, complete=True)
+        opened = {
+            name: plate
+            for name, plate in structure.plates.items()
+            if plate.subsampled and not plate.chosen and _has_all_rows(guide, plate, args, kwargs)
+        }
+        for latent in structure.latents.values():
+            if opened.keys() & set(latent.plates) and not latent.fixed:
+                raise NotImplementedError(
+                    f"latent '{latent.name}' has a mask, scale or support that the model computes for its "
+                    "own subsample only; use a model that takes the rows it is given whole"
+                )
+        return cls(guide, args, kwargs, structure.with_full_plates(opened), opened)
+
+    # --- what is drawn, and what belongs to a row
+
+    @property
+    def latents(self) -> dict[str, Latent]:
+        """The latents that are drawn."""
+        return {name: x for name, x in self.structure.latents.items() if name not in self.held}
+
+    @cached_property
+    def inner_plates(self) -> tuple[str, ...]:
+        """The plates whose elements are independent given what lies outside, leftmost dimension first.
+
+        Those of all amortized latents that have plates, of all latents if none is amortized.
+        """
+        parts = [p for p in self.guide.network.parts if set(p.group.plates) <= self.structure.plates.keys()]
+        chosen = [part for part in parts if part.encodings and part.group.plates] or parts
+        dims = set[int].intersection(*(set(part.local) for part in chosen))
+        return tuple(p.name for p in self.structure.plates_of(self.structure.plates) if p.dim in dims)
+
+    @cached_property
+    def inner(self) -> set[str]:
+        """The latents and observed sites inside of these plates."""
+        own = set(self.inner_plates)
+        sites: Mapping[str, Latent | Observed] = {**self.structure.latents, **self.structure.observed}
+        return {name for name, site in sites.items() if own and own <= set(site.plates)}
+
+    @cached_property
+    def row_plates(self) -> tuple[str, ...]:
+        """The plates whose elements are posteriors of their own: none if latents outside are drawn, too."""
+        return self.inner_plates if self.inner and self.latents.keys() <= self.inner else ()
+
+    @property
+    def scored(self) -> set[str]:
+        """The sites whose densities count."""
+        return self.inner if self.row_plates else {*self.structure.latents, *self.structure.observed}
+
+    @property
+    def turns(self) -> list[Turn]:
+        """The groups in the order of drawing, step by step."""
+        return take_turns([part.group for part in self.guide.network.parts], self.structure)
+
+    def holding(self, values: Mapping[str, Tensor]) -> Query:
+        """The posterior of the other latents given these values."""
+        return replace(self, held={**self.held, **values})
+
+    def refined(self, refinement: Refinement) -> Query:
+        """The same with changes of λ."""
+        return replace(self, refinement=refinement)
+
+    def remembering(self) -> Query:
+        """The same with contexts that are computed once, without gradients."""
+        query = replace(self, contexts={})
+        with torch.no_grad():
+            query.run(1)
+        return query
+
+    # --- runs of guide and model
+
+    @cached_property
+    def model(self) -> ModelCall:
+        """The model with its arguments.
+
+        Raises:
+            NotImplementedError: the model subsamples several plates by itself.
+        """
+        indices = {n: p.indices for n, p in self.structure.plates.items() if p.indices is not None}
+        if len(self.opened) > 1:
+            raise NotImplementedError(
+                f"the model subsamples {sorted(self.opened)} by itself, and all rows of one such plate can "
+                "be scored, not of several; use a model that takes the rows it is given whole"
+            )
+        blocks = None
+        for plate in self.opened.values():
+            inside = [x for x in self.structure.latents.values() if plate.name in x.plates]
+            blocks = Blocks(plate, {x.name: len(x.event_shape) for x in inside})
+        return ModelCall(self.guide.model, self.args, self.kwargs, indices, blocks)
+
+    def run(self, count: int, values: Mapping[str, Tensor] | None = None) -> Trace:
+        """Trace one run of the guide for ``count`` draws side by side.
+
+        Args:
+            count: S.
+            values: values of latents to take instead of drawing them, ``(S or 1, *natural shape)``.
+        """
+        given = {**{name: value.unsqueeze(0) for name, value in self.held.items()}, **(values or {})}
+        given = {name: self._aligned(name, value) for name, value in given.items()}
+        guide = poutine.condition(self._sample, data=given) if given else self._sample
+        with poutine.block(), pyro.plate(_DRAWS, count, dim=-self.structure.depth - 1):
+            return poutine.trace(guide).get_trace()
+
+    def draws_of(self, trace: Trace) -> dict[str, Tensor]:
+        """What a run drew, ``(S, *natural shape)``."""
+        return {
+            name: cast("Tensor", trace.nodes[name]["value"]).reshape(-1, *self.natural_shape(latent))
+            for name, latent in self.latents.items()
+        }
+
+    def log_q_of(self, trace: Trace) -> Tensor:
+        """Log q of a run's draws, ``(S, *row plates)``."""
+        trace.compute_log_prob()
+        return self.by_row({name: trace.nodes[name]["log_prob"] for name in self.latents})
+
+    def by_row(self, log_probs: Mapping[str, Tensor], plates: Collection[str] | None = None) -> Tensor:
+        """Log densities summed over sites, and over everything but the row plates.
+
+        Args:
+            log_probs: by site, ``(S, ..., *batch)``; sites that do not count are left out.
+            plates: the row plates, whose sites alone count; all do if there are none. By default
+                :attr:`row_plates`.
+        """
+        depth = self.structure.depth
+        rows = self.structure.plates_of(self.row_plates if plates is None else set(plates))
+        kept = [plate.dim for plate in rows]
+        summed = [dim for dim in range(-depth, 0) if dim not in kept]
+        total = torch.zeros(())
+        for name in log_probs.keys() & (self.inner if plates else self.scored):
+            log_prob = log_probs[name]
+            batch = log_prob.shape[1:]
+            aligned = log_prob.reshape(len(log_prob), *[1] * (depth - len(batch)), *batch)
+            total = total + (aligned.sum(summed) if summed else aligned)
+        for plate in rows:  # a row's own density, not that of the rows it stands for
+            total = total / plate.scale
+        return total
+
+    def _sample(self) -> dict[str, Tensor]:
+        call = self.guide._open(
+            self.args,
+            self.kwargs,
+            structure=self.structure,
+            refinement=self.refinement,
+            contexts=self.contexts,
+        )
+        return call.sample()
+
+    def place(self, pick: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Values without sampling, see ``Call.place``."""
+        with torch.no_grad(), poutine.block():
+            call = self.guide._open(
+                self.args, self.kwargs, structure=self.structure, refinement=self.refinement
+            )
+            return call.place(pick, self.held)
+
+    def central_draw(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The draw closest to the centre, on unconstrained scales in units of their spread."""
+        parts = [self.structure.latents[name].unconstrain(value) for name, value in draws.items()]
+        u = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
+        distance = ((u - u.mean(0)) / (u.std(0, correction=0) + 1e-12)).square().sum(-1)
+        return {name: value[int(distance.argmin())] for name, value in draws.items()}
+
+    # --- shapes
+
+    def natural_shape(self, latent: Latent) -> torch.Size:
+        """The shape that a latent has in the model itself."""
+        return self.structure.batch_shape(latent.plates) + latent.event_shape
+
+    def _aligned(self, name: str, value: Tensor) -> Tensor:
+        """A value ``(S, *natural shape)`` with the draws in front of all plate dimensions."""
+        latent = self.structure.latents[name]
+        natural = self.natural_shape(latent)
+        gap = (1,) * (self.structure.depth - len(natural) + len(latent.event_shape))
+        return value.reshape(len(value), *gap, *natural)
+
+
+def _has_all_rows(guide: AmortizedGuide, plate: Plate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether λ of every latent in the plate is to be had for every element."""
+    sources = {part.encodings[0].source for part in guide.network.parts if part.encodings}
+    return all(
+        source.size(plate.name, args, kwargs) == plate.size
+        for source in sources
+        if plate.name in source.plates and not source.ragged
+    )

@@ -1,0 +1,1 @@
+"""Statistics on NumPy arrays: importance weights and uniformity."""

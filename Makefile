@@ -20,6 +20,7 @@ help:  ## List the targets
 
 demo: $(VENV)/.demo  ## Train the quickstart example and show its checks
 	@$(RUN) examples/quickstart.py
+	@$(RUN) examples/trust.py
 
 test: $(VENV)/.dev  ## Run the fast tests
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

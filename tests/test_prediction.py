@@ -151,5 +151,6 @@ def test_deterministic_sites_are_not_observed():
     groups = posterior.to_groups()
     assert groups["observed_data"].keys() == {"y"}
     assert groups["constant_data"].keys() == {"x"}
+    assert groups["constant_data"]["x"].dims == ("row",)
     assert groups["sample_stats"].keys() == {"lp", "log_q", "log_weight", "k_hat"}
     assert groups["unconstrained_posterior"]["shift"].dims == ("chain", "draw", "row")

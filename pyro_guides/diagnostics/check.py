@@ -12,8 +12,10 @@ from torch import Tensor
 from pyro_guides.diagnostics.evidence import tight_bound
 from pyro_guides.diagnostics.familiarity import Familiarity
 from pyro_guides.diagnostics.modes import find_modes
+from pyro_guides.diagnostics.shared import shared_log_weights
 from pyro_guides.diagnostics.verdict import verdict
 from pyro_guides.posterior import Posterior
+from pyro_guides.posterior.weighing import effective_size, smoothed
 from pyro_guides.statistics import psis
 
 __all__ = ["Check", "check"]
@@ -28,14 +30,16 @@ class Check:
         columns: by name, one value per row, ``(*rows)``:
 
             * ``k_hat``: Pareto k̂ of the log weights; ``effective_size``: what the draws are worth;
-            * ``elbo``: in nats; ``bound``: the importance-weighted bound on log p(x), and ``bound_error``;
+            * ``elbo``: in nats, and ``elbo_error``; ``bound``: an importance-weighted bound on log p(x), and
+              ``bound_error``;
             * ``gap``: bound minus ELBO, KL(q‖p) as far as importance sampling sees it;
             * ``amortization_gap``: what the best λ of this row gains, and ``family_gap``: what is left;
             * ``missing``: the share of the posterior in modes that q has lost;
             * ``familiarity``: the p-value that the row is like those of training.
         rows: the plates of the rows, leftmost first.
         num_draws: S.
-        joint: k̂ and effective size of all latents together, if rows share some.
+        shared: k̂, effective size and number of draws of the latents that rows share, with the rows'
+            own integrated out; empty if they share none.
         held: the shared latents that the rows were judged given.
         trained: whether the guide was trained at all.
         families: the families of the guide, by name.
@@ -46,7 +50,7 @@ class Check:
     columns: dict[str, Tensor]
     rows: tuple[str, ...]
     num_draws: int
-    joint: Mapping[str, float]
+    shared: Mapping[str, float]
     held: tuple[str, ...]
     trained: bool
     families: tuple[str, ...]
@@ -139,7 +143,7 @@ def check(
             f"a check needs at least 25 draws, better 1,000; this posterior has {posterior.num_draws}"
         )
     notes: list[str] = []
-    local, joint = _local(posterior, notes)
+    local, shared = _local(posterior, notes)
     columns = _weights(local)
     settled = _split(local, columns, notes) if gaps else None
     if modes and _searchable(local, notes):
@@ -150,7 +154,7 @@ def check(
         columns=columns,
         rows=local.row_plates,
         num_draws=local.num_draws,
-        joint=joint,
+        shared=shared,
         held=tuple(local.query.held),
         trained=posterior.guide.is_trained,
         families=tuple(type(family).__name__ for family in posterior.guide.families),
@@ -163,16 +167,21 @@ def check(
 
 
 def _local(posterior: Posterior, notes: list[str]) -> tuple[Posterior, dict[str, float]]:
-    """The rows on their own, and what is known of all of them jointly."""
+    """The rows on their own, and what is known of the latents that they share."""
     query = posterior.query
     if posterior.row_plates or not query.inner:
         return posterior, {}
-    joint: dict[str, float] = {}
+    shared: dict[str, float] = {}
     if any(query.structure.plates[name].subsampled for name in query.inner_plates):
         notes.append("latents that rows share are judged on all rows only, and these are some of them")
     else:
-        joint = {"k_hat": float(posterior.k_hat), "effective_size": float(posterior.effective_size)}
-    return posterior.local(), joint
+        log_weights = shared_log_weights(posterior)
+        shared = {
+            "k_hat": float(smoothed(log_weights)[1]),
+            "effective_size": float(effective_size(log_weights)),
+            "num_draws": len(log_weights),
+        }
+    return posterior.local(), shared
 
 
 def _weights(local: Posterior) -> dict[str, Tensor]:
@@ -182,6 +191,7 @@ def _weights(local: Posterior) -> dict[str, Tensor]:
         "k_hat": local.k_hat,
         "effective_size": local.effective_size,
         "elbo": local.elbo,
+        "elbo_error": local.log_weights.std(0) / local.num_draws**0.5,
         "bound": bound,
         "bound_error": error,
         "gap": bound - local.elbo,
@@ -199,8 +209,11 @@ def _split(local: Posterior, columns: dict[str, Tensor], notes: list[str]) -> bo
         columns["bound"] = torch.where(sharper, bound, columns["bound"])
         columns["bound_error"] = torch.where(sharper, error, columns["bound_error"])
     # The gain comes from common random numbers, and is known better than the two ELBOs that it lies between.
-    gain = torch.zeros_like(best.elbo) if best is local or best.gain is None else best.gain.value
+    gain, error = torch.zeros_like(best.elbo), torch.zeros_like(best.elbo)
+    if best is not local and best.gain is not None:
+        gain, error = best.gain.value, best.gain.error
     columns["elbo"] = best.elbo - gain
+    columns["elbo_error"] = torch.hypot(best.log_weights.std(0) / best.num_draws**0.5, error)
     columns["gap"] = columns["bound"] - columns["elbo"]
     columns["amortization_gap"] = gain
     columns["family_gap"] = columns["bound"] - best.elbo

@@ -27,7 +27,7 @@ def verdict(check: Check) -> str:
     lines = [_headline(check)]
     if not check.trained:
         lines.append("The guide was never trained: nothing below is about what it can do.")
-    lines += _gaps(check) + _modes(check) + _unfamiliar(check) + _joint(check)
+    lines += _gaps(check) + _modes(check) + _unfamiliar(check) + _shared(check)
     lines += [f"Note: {note}." for note in check.notes]
     return "\n".join(lines)
 
@@ -48,9 +48,13 @@ def _headline(check: Check) -> str:
 def _gaps(check: Check) -> list[str]:
     columns = check.columns
     gap = _mean(columns["gap"])
-    errors = columns["bound_error"].double()  # rows err independently
+    errors = torch.hypot(columns["bound_error"], columns["elbo_error"]).double()  # of independent rows
     error = float(errors.square().sum().sqrt()) / errors.numel()
-    line = f"ELBO {_mean(columns['elbo']):.3f} nats per row, {gap:.3f} below log p(x) (error {error:.3f})"
+    blind = "amortization_gap" not in columns and bool((columns["k_hat"] > check.threshold).any())
+    least = "at least " if blind else ""  # a bound from such weights is too low
+    unit = "nats per row" if check.rows else "nats"
+    elbo = _mean(columns["elbo"])
+    line = f"ELBO {elbo:.3f} {unit}, {least}{gap:.3f} below log p(x) (error {error:.3f})"
     if "amortization_gap" not in columns:
         return [line + "."]
     amortization, family = _mean(columns["amortization_gap"]), _mean(columns["family_gap"])
@@ -85,18 +89,21 @@ def _unfamiliar(check: Check) -> list[str]:
     strange = torch.nonzero(p_values.reshape(-1) < 0.01).reshape(-1).tolist()
     if not strange:
         return []
-    first = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
+    first = ", ".join(map(str, strange[:5])) + (" and more" if len(strange) > 5 else "")
+    are = "row is" if len(strange) == 1 else "rows are"
     return [
-        f"{len(strange)} rows are unlike those of training (1 % would be by chance): {first}.",
+        f"{len(strange)} {are} unlike those of training (1 % would be by chance): {first}.",
         "Next: refine them, or train on such rows, too.",
     ]
 
 
-def _joint(check: Check) -> list[str]:
-    if not check.joint:
+def _shared(check: Check) -> list[str]:
+    if not check.shared:
         return []
-    k_hat, size = check.joint["k_hat"], check.joint["effective_size"]
-    return [f"All latents jointly: k_hat {k_hat:.2f}, {size:.0f} of {check.num_draws} draws effective."]
+    k_hat, size, count = (check.shared[name] for name in ("k_hat", "effective_size", "num_draws"))
+    names = ", ".join(check.held)
+    line = f"Shared latents ({names}): k_hat {k_hat:.2f}, {size:.0f} of {count} draws effective."
+    return [line] if k_hat < check.threshold else [line, "Next: train longer, or a richer family for these."]
 
 
 def _mean(values: Tensor) -> float:

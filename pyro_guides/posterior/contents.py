@@ -14,6 +14,7 @@ from pyro_guides.variables import Variable
 
 if TYPE_CHECKING:
     from pyro_guides.posterior.posterior import Posterior
+    from pyro_guides.posterior.query import Query
 
 __all__ = ["attributes", "contents", "variable"]
 
@@ -122,7 +123,14 @@ def _constants(posterior: Posterior) -> dict[str, Variable]:
     found |= {name: value for name, value in query.kwargs.items() if name not in observed}
     taken = {*query.structure.latents, *query.structure.observed}
     return {
-        name: Variable(value.numpy(force=True), ())
+        name: Variable(value.numpy(force=True), _rows_of(value, query))
         for name, value in found.items()
         if isinstance(value, torch.Tensor) and name not in taken
     }
+
+
+def _rows_of(value: Tensor, query: Query) -> tuple[str, ...]:
+    """The plate of the rows, if an argument has as many of them."""
+    plates = query.structure.plates_of(query.inner_plates)
+    is_rows = len(plates) == 1 and value.dim() > 0 and len(value) == plates[0].batch > 1
+    return (plates[0].name,) if is_rows else ()

@@ -1,6 +1,7 @@
 """Amortized variational posteriors for any Pyro model."""
 
 from pyro_guides import optim as optim
+from pyro_guides import plots as plots
 from pyro_guides.diagnostics import Calibration as Calibration
 from pyro_guides.diagnostics import Check as Check
 from pyro_guides.diagnostics import Familiarity as Familiarity

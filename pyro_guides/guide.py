@@ -246,17 +246,16 @@ class AmortizedGuide(AutoGuide):
         return Posterior(Query.of(self.setup(*args, **kwargs), args, kwargs), num_draws=num_draws)
 
     def posteriors(self, batches: Iterable[Any], *, num_draws: int = 1000) -> Iterator[Posterior]:
-        """The posteriors of batch after batch of rows, so that memory holds one at a time.
+        """The posteriors of batch after batch of rows; what rows share has the same draws in every batch.
 
         Args:
             batches: a ``DataLoader``, or any iterable of what the model takes: one argument, a tuple or
                 list of arguments, or a dict of keyword arguments.
             num_draws: S, how many draws to take of each row.
         """
-        for batch in batches:
-            named = batch if isinstance(batch, Mapping) else {}
-            args = () if named else batch if isinstance(batch, (tuple, list)) else (batch,)
-            yield self.posterior(*args, num_draws=num_draws, **named)
+        from pyro_guides.posterior import posteriors
+
+        return posteriors(self, batches, num_draws)
 
     def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Exact log q of given values of all latents, per row: see ``Posterior.log_prob``."""

@@ -6,7 +6,8 @@ Nothing here knows Pyro's handlers: a :class:`Network` maps inputs and upstream 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast, final
 
@@ -116,6 +117,18 @@ class Network(nn.Module):
         """The observed sites whose masks the encoders need, if they have some."""
         sites = [encoding.source.mask_site for part in self.parts for encoding in part.encodings]
         return [site for site in sites if site is not None]
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """All modules in evaluation mode, and back as each was."""
+        training = [module for module in self.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     @torch.no_grad()
     def fingerprint(self) -> float:

@@ -53,11 +53,12 @@ class Change(nn.Module):
         self.unit = unit
 
     @torch.no_grad()
-    def keep(self, rows: Tensor) -> None:
-        """Take the change back in rows that are not to have it; boolean, ``(*batch)``."""
-        self.bias.mul_(rows.unsqueeze(-1))
-        if self.weight is not None:
-            self.weight.mul_(rows[..., None, None])
+    def keep(self, rows: Tensor, other: Change) -> None:
+        """Be the change only in some rows, boolean ``(*batch)``, and another one in the others."""
+        other.measure_in(self.unit)
+        self.bias.copy_(torch.where(rows.unsqueeze(-1), self.bias, other.bias))
+        if self.weight is not None and other.weight is not None:
+            self.weight.copy_(torch.where(rows[..., None, None], self.weight, other.weight))
 
 
 @final

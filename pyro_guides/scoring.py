@@ -37,7 +37,7 @@ class Scores:
 
     Attributes:
         log_prob: of every latent and observed site, masked and scaled, ``(S, *batch)``.
-        likelihood: of every observed site, neither masked nor scaled, ``(S, *batch)``.
+        likelihood: of every observed site, ``(S, *batch)``, not scaled; zero where it is masked.
         observed: the observed values.
     """
 
@@ -62,6 +62,12 @@ class Simulation:
     plates: Mapping[str, Mapping[str, int]]
     event_dims: Mapping[str, int]
     observed: frozenset[str]
+
+    def outside(self, plate: str) -> PerSite:
+        """The latents outside of a plate."""
+        return {
+            n: x for n, x in self.values.items() if n not in self.observed and plate not in self.plates[n]
+        }
 
 
 @final
@@ -137,10 +143,12 @@ class ModelCall:
         with torch.no_grad():
             if self.blocks is None:
                 return self._simulate(draws, held or {}, self.indices, count)
-            blocks, parts = self.blocks, []
+            blocks, parts, outside = self.blocks, list[Simulation](), PerSite()
             for index in blocks.indices:
                 own, fixed = blocks.part(draws, index), blocks.part(held or {}, index)
-                parts.append(self._simulate(own, fixed, {blocks.plate.name: index}, count))
+                parts.append(self._simulate({**own, **outside}, fixed, {blocks.plate.name: index}, count))
+                if not outside:  # all blocks share what lies outside of them
+                    outside = parts[0].outside(blocks.plate.name)
         event_dims = {
             n: parts[0].event_dims[n] for n, own in parts[0].plates.items() if blocks.plate.name in own
         }
@@ -181,7 +189,7 @@ class ModelCall:
         def score(values: PerSite) -> tuple[PerSite, PerSite]:
             nodes = self._scored({**held, **values}, indices).nodes
             log_prob = {name: _full(nodes[name], "log_prob") for name in found.names}
-            return log_prob, {name: _full(nodes[name], "unscaled_log_prob") for name in found.observed}
+            return log_prob, {name: _likelihood(nodes[name]) for name in found.observed}
 
         at_once = max(1, _VALUES_PER_PASS // max(1, found.size))
         log_prob, likelihood = self._scoring(score, (dict(draws),), at_once)
@@ -199,7 +207,8 @@ class ModelCall:
                 "instance), so log p of the other latents alone is not to be had"
             )
         values = {name: torch.as_tensor(site["value"]) for name, site in sites.items()}
-        observed = {name: value for name, value in values.items() if sites[name]["is_observed"]}
+        data = [name for name, site in sites.items() if site["is_observed"] and values[name].numel()]
+        observed = {name: values[name] for name in data}  # a factor has no value
         inside = {name: {f.name for f in site["cond_indep_stack"]} for name, site in sites.items()}
         size = sum(value.numel() for value in values.values())
         return _Sites(observed, inside, {name: _event_dim(site) for name, site in sites.items()}, size)
@@ -254,6 +263,9 @@ class _Hide(Messenger):
         if msg["is_observed"] and not _is_computed(msg):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
             msg["infer"]["was_observed"] = True
+        if msg["value"] is None and not site_is_subsample(msg):
+            # Not rsample, which pyro.sample would take: it draws in place, and vmap cannot follow.
+            msg["value"] = msg["fn"].sample()
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if msg["name"] not in self.given:
@@ -270,6 +282,15 @@ def _full(site: Any, key: str) -> Tensor:
     """A site's log density in the full batch shape of the site."""
     value = torch.as_tensor(site[key])
     return value.expand(torch.broadcast_shapes(value.shape, site["fn"].batch_shape))
+
+
+def _likelihood(site: Any) -> Tensor:
+    """An observed site's log density, not scaled; zero where it is masked."""
+    value = _full(site, "unscaled_log_prob")
+    mask = site["mask"]
+    if mask is None or mask is True:
+        return value
+    return torch.where(torch.as_tensor(mask, device=value.device), value, torch.zeros_like(value))
 
 
 def _is_random(site: Any) -> bool:

@@ -217,6 +217,13 @@ def test_check_refuses(diagonal, posterior, message):
         check(posterior(diagonal), show=False)
 
 
+def test_check_names_what_it_takes(diagonal):
+    with pytest.raises(TypeError, match=r"takes what guide.posterior\(...\) returns, got a AmortizedGuide"):
+        check(diagonal)
+    with pytest.raises(TypeError, match=r"training must be a Familiarity\(guide, \*args\), got a Tensor"):
+        check(diagonal.posterior(X), training=X)
+
+
 # --- real images
 
 

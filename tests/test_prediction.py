@@ -6,9 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_guides import AmortizedGuide
+from pyro_guides import AmortizedGuide, to_netcdf
 
 NOISE = 0.5
 X = torch.linspace(-2.0, 2.0, 9)
@@ -56,6 +57,12 @@ def test_arguments_of_the_model_are_its_own():
     mean = posterior.draws["slope"][:, None] * (X + 10.0) + posterior.draws["shift"]
     assert (prediction["y"] - mean).abs().max() < 1e-4
     assert prediction.to_groups().keys() == {"predictions"}
+    # By name alone: the guide's arguments with these changed.
+    hidden = posterior.predict(y=None, noise=1e-6)
+    mean = posterior.draws["slope"][:, None] * X + posterior.draws["shift"]
+    assert (hidden["y"] - mean).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
+        posterior.prior(0)
     with pytest.raises(ValueError, match=r"draws of 'shift' have shape \(9,\).*expects \(4,\)"):
         posterior.predict(X[:4])
 
@@ -124,6 +131,8 @@ def test_local_posteriors_that_cannot_be_had():
         posterior.local()
     with pytest.raises(ValueError, match=r"'slope' is missing"):
         fitted(num_draws=30).local({})
+    with pytest.raises(ValueError, match="there are 3 draws of 'slope'; give one value"):
+        fitted(num_draws=30).local({"slope": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"given names \['shift'\]"):
         fitted(num_draws=30).local({"slope": torch.tensor(0.0), "shift": torch.zeros(9)})
 
@@ -142,6 +151,40 @@ def test_batches_give_the_posteriors_of_their_rows():
     named = AmortizedGuide(rows).setup(x=X)
     (only,) = named.posteriors([{"x": X[:4]}], num_draws=10)
     assert only.draws["z"].shape == (10, 4)
+
+
+def shared(x):
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(x)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_batches_share_the_draws_of_what_is_learned(tmp_path):
+    """So that rows of all batches fit together in one file, each with weights given what they share."""
+    guide = AmortizedGuide(shared).setup(X)
+    batches = list(guide.posteriors([X[:4], X[4:]], num_draws=30))
+    assert torch.equal(batches[0].draws["mean"], batches[1].draws["mean"])
+    path = to_netcdf(batches, tmp_path / "draws.nc", along="row")
+    with xarray.open_datatree(path, engine="h5netcdf") as found:
+        assert found["posterior"]["z"].shape == (1, 30, 9)
+        weights = found["sample_stats"]["log_weight"].values[0]
+    z, mean = (torch.cat([b.draws["z"] for b in batches], -1), batches[0].draws["mean"][:, None])
+    log_p = dist.Normal(mean, 1.0).log_prob(z) + dist.Normal(z, 1.0).log_prob(X)
+    log_q = torch.cat([batch.densities_of_rows()[1] for batch in batches], -1)
+    torch.testing.assert_close(torch.as_tensor(weights), log_p - log_q)
+
+
+def test_blocks_of_a_model_that_subsamples_share_its_other_latents():
+    def by_itself(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x), subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(mean, 1e-3))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    prior = AmortizedGuide(by_itself).posterior(X, num_draws=30).prior(50)
+    assert prior["z"].shape == (50, 9)
+    assert (prior["z"] - prior["mean"][:, None]).abs().max() < 0.01
 
 
 def test_deterministic_sites_are_not_observed():

@@ -219,3 +219,38 @@ def test_refined_q_may_be_trained_no_further_but_its_guide_may():
     guide.posterior(x, num_draws=10).refine(max_steps=50)
     svi = SVI(linear, guide, optim.Adam({"lr": 1e-3}), Trace_ELBO())
     assert math.isfinite(svi.step(x))
+
+
+def test_refining_twice_goes_on_where_the_first_one_stopped():
+    pyro.set_rng_seed(0)
+    x = rows()
+    once = AmortizedGuide(linear).posterior(x, num_draws=300).refine(max_steps=60)
+    with torch.no_grad():  # gradients are its own business
+        twice = once.refine()
+    assert twice.gain.value.min() > 0.0
+    assert (evidence(x) - twice.elbo).abs().max() < 0.02
+    assert (evidence(x) - once.elbo).min() > 0.1  # control: the first one was not done
+
+
+class Noisy(nn.Module):
+    """An encoder that is another one in training: dropout, and a normalization that keeps statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 8)).double()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_posteriors_are_of_the_guide_in_evaluation_mode():
+    pyro.set_rng_seed(0)
+    x = rows(20)
+    guide = AmortizedGuide(linear, Noisy()).setup(x)
+    with torch.no_grad():
+        guide.network.heads[0].output.weight.normal_(std=0.1)
+    before = copy.deepcopy(guide.state_dict())
+    posterior = guide.posterior(x, num_draws=50)
+    torch.testing.assert_close(posterior.log_prob(posterior.draws), posterior.log_q)
+    assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())
+    assert all(module.training for module in guide.network.encoders.modules())

@@ -66,6 +66,23 @@ def test_resampled_draws_are_of_the_posterior():
         posterior.resample(0)
 
 
+def test_shared_latents_are_resampled_with_their_rows():
+    def shared(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    posterior = AmortizedGuide(shared, init_scale=1.0).posterior(X, num_draws=300)
+    resampled = posterior.resample(40)
+    assert {name: draws.shape for name, draws in resampled.draws.items()} == {"mean": (40,), "z": (40, 3)}
+    at = [int((posterior.draws["mean"] == mean).nonzero()) for mean in resampled.draws["mean"]]
+    assert torch.equal(resampled.draws["z"], posterior.draws["z"][at])
+    for spent in ("elbo", "k_hat", "effective_size", "log_weights"):
+        with pytest.raises(ValueError, match="their weights are spent"):
+            getattr(resampled, spent)
+
+
 def test_weights_of_an_exact_q_are_as_good_as_exact():
     pyro.set_rng_seed(0)
     posterior = guide_with(1.0).posterior(X, num_draws=500)
@@ -181,6 +198,26 @@ def test_leave_one_out_of_rows_uses_each_rows_weights():
         guide_with(1.3).posterior(X, num_draws=30).resample().loo()
 
 
+def half_masked(x, there):
+    """Two observed sites, one of them outside of the rows; a mask, and a factor that is no observation."""
+    pyro.sample("outside", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
+    with pyro.plate("row", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("pull", -0.01 * z.square())
+        with pyro.poutine.mask(mask=there):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_leave_one_out_leaves_masked_values_and_factors_out():
+    there = torch.tensor([True, False, True])
+    posterior = AmortizedGuide(half_masked, inputs=lambda x, there: x).posterior(X, there, num_draws=200)
+    loo = posterior.loo()
+    assert loo.pointwise.keys() == {"x"}
+    assert abs(float(loo.pointwise["x"][1])) < 1e-12
+    assert posterior.log_likelihood.keys() == {"x", "outside"}
+    assert posterior.observed.keys() == {"x", "outside"}
+
+
 # --- NUTS
 
 
@@ -253,3 +290,21 @@ def test_nuts_refuses():
         AmortizedGuide(rows, family=DiagonalNormal()).posterior(X, num_draws=30).nuts(num_chains=0)
     with pytest.raises(ValueError, match="needs at least 2 draws"):
         AmortizedGuide(rows).posterior(X, num_draws=1).nuts()
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+def test_a_scale_around_rows_changes_nothing_about_them(factor):
+    """``poutine.scale`` in the place of a subsampled plate: the posterior of a row is the same."""
+
+    def scaled(x):
+        with pyro.poutine.scale(scale=factor), pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+    pyro.set_rng_seed(0)
+    posterior = AmortizedGuide(scaled).posterior(X, num_draws=50)
+    z = posterior.draws["z"]
+    log_p = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, NOISE).log_prob(X)
+    q = posterior.median()["z"]
+    torch.testing.assert_close(posterior.log_p, log_p)
+    torch.testing.assert_close(posterior.log_q, dist.Normal(q, 0.1).log_prob(z), rtol=1e-3, atol=1e-3)

@@ -134,6 +134,13 @@ def check(
         >>> check(posterior, gaps=False, modes=False).table.shape  # doctest: +SKIP
         (5, 6)
     """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"check takes what guide.posterior(...) returns, got a {type(posterior).__name__}; call "
+            "guide.posterior(*args) with the rows to judge"
+        )
+    if training is not None and not isinstance(training, Familiarity):
+        raise TypeError(f"training must be a Familiarity(guide, *args), got a {type(training).__name__}")
     if posterior.resampled:
         raise ValueError(
             "these draws are resampled, so that their weights are spent; check where they came from"

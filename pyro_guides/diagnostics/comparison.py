@@ -115,6 +115,7 @@ def run(query: Query, data: PerSite, num_draws: int, values: Mapping[str, Tensor
 
     guide = poutine.condition(sample, data={name: _aligned(query, name, x) for name, x in given.items()})
     with (
+        query.guide.network.evaluated(),
         poutine.block(),
         pyro.plate(_DRAWS, num_draws, dim=-structure.depth - 2),
         pyro.plate(_DATA_SETS, count, dim=-structure.depth - 1),

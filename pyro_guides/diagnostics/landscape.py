@@ -76,8 +76,9 @@ class Landscape:
     def gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log p(x, u) per row and its gradient."""
         u = u.detach().requires_grad_()
-        log_prob = self.log_prob(u)
-        (gradient,) = torch.autograd.grad(log_prob.sum(), u)
+        with torch.enable_grad():
+            log_prob = self.log_prob(u)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), u)
         return log_prob.detach(), torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
 
     def _constrained(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:

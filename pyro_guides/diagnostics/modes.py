@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_guides.diagnostics.landscape import Landscape, StudentT, triangular_root
 from pyro_guides.posterior import Posterior
+from pyro_guides.statistics import arguments
 
 __all__ = ["Modes", "find_modes"]
 
@@ -72,8 +73,7 @@ def find_modes(posterior: Posterior, *, starts: int = 48) -> Modes:
     Carpenter, Andrew Gelman, Aki Vehtari, "Pathfinder: Parallel Quasi-Newton Variational Inference", 2022,
     arXiv:2108.03782.
     """
-    if starts < 6:
-        raise ValueError(f"starts must be at least 6, got {starts}")
+    arguments.count("starts", starts, least=6)
     query = posterior.query.remembering()
     if discrete := [name for name, latent in query.latents.items() if latent.discrete]:
         raise ValueError(f"modes are looked for among continuous values, but {discrete} are discrete")

@@ -92,11 +92,15 @@ def _dims(plates: tuple[str, ...], structure: Structure) -> dict[str, int]:
 
 def _statistics(posterior: Posterior, rows: Mapping[str, int]) -> dict[str, Variable]:
     """Log densities of each draw, and what they say of q."""
-    per_draw = {"lp": posterior.log_p, "log_q": posterior.log_q}
-    found = {name: _in_rows(value, rows, draws=True) for name, value in per_draw.items()}
+    log_p, log_q = posterior.log_p, posterior.log_q
+    of_rows = posterior.densities_of_rows()
+    if of_rows is not None:
+        rows = _dims(posterior.query.inner_plates, posterior.query.structure)
+        log_p, log_q = of_rows
+    found = {name: _in_rows(x, rows, draws=True) for name, x in (("lp", log_p), ("log_q", log_q))}
     if not posterior.resampled:
-        found["log_weight"] = _in_rows(posterior.log_weights, rows, draws=True)
-        if posterior.num_draws >= 25:
+        found["log_weight"] = _in_rows(log_p - log_q, rows, draws=True)
+        if posterior.num_draws >= 25 and of_rows is None:
             found["k_hat"] = _in_rows(posterior.k_hat, rows, draws=False)
     return found
 
@@ -111,8 +115,9 @@ def _constants(posterior: Posterior) -> dict[str, Variable]:
     """The model's tensor arguments that it does not observe."""
     query = posterior.query
     observed = {site.argument for site in query.structure.observed.values()}
+    model = query.guide.model
     try:
-        names = list(inspect.signature(query.guide.model).parameters)
+        names = list(inspect.signature(getattr(model, "forward", model)).parameters)
     except (TypeError, ValueError):
         names = []
     found: dict[str, Any] = {

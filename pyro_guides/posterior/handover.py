@@ -21,6 +21,21 @@ class WarmStart(NamedTuple):
         kernel: for ``pyro.infer.MCMC``.
         initial_params: unconstrained values by site; with a dimension of chains on the left if there are
             several.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro.infer import MCMC
+        >>> from pyro_guides import AmortizedGuide
+        >>> def model(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> x = torch.randn(3)
+        >>> start = AmortizedGuide(model).posterior(x, num_draws=100).nuts()
+        >>> mcmc = MCMC(start.kernel, 20, 20, initial_params=start.initial_params, disable_progbar=True)
+        >>> mcmc.run(x)
+        >>> mcmc.get_samples()["z"].shape
+        torch.Size([20, 3])
     """
 
     kernel: NUTS
@@ -62,42 +77,7 @@ class _WarmNUTS(NUTS):
 
 
 def nuts(posterior: Posterior, *, full_mass: bool, num_chains: int, **options: Any) -> WarmStart:
-    """Pyro's NUTS with initial values and a mass matrix from q.
-
-    Chains start at draws of q that are resampled with their weights, and the inverse mass matrix starts as
-    the covariance of q, so that a short warm-up is enough. What is held, and what the model observes, stays
-    as it is.
-
-    Args:
-        posterior: q; its model must take all rows it is given.
-        full_mass: whether the mass matrix has off-diagonal elements.
-        num_chains: how many chains are to start.
-        **options: for ``pyro.infer.NUTS``.
-
-    Returns:
-        The kernel and the initial values, for ``MCMC(kernel, initial_params=...)``; run it with the model's
-        arguments.
-
-    Raises:
-        ValueError: ``num_chains`` is less than 1; a latent is discrete; the model subsamples its rows.
-
-    Source: Matthew D. Hoffman, Andrew Gelman, "The No-U-Turn Sampler", 2014, arXiv:1111.4246.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pyro.infer import MCMC
-        >>> from pyro_guides import AmortizedGuide
-        >>> def model(x):
-        ...     with pyro.plate("row", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> x = torch.randn(3)
-        >>> start = AmortizedGuide(model).posterior(x, num_draws=100).nuts()
-        >>> mcmc = MCMC(start.kernel, 50, 50, initial_params=start.initial_params, disable_progbar=True)
-        >>> mcmc.run(x)
-        >>> mcmc.get_samples()["z"].shape
-        torch.Size([50, 3])
-    """
+    """See ``Posterior.nuts``."""
     if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 1:
         raise ValueError(f"num_chains must be an int of at least 1, got {num_chains!r}")
     if posterior.num_draws < 2:

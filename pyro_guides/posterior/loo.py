@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from pyro_guides.posterior.weighing import check_unspent
 from pyro_guides.statistics import psis
 
 if TYPE_CHECKING:
@@ -53,17 +54,14 @@ class Loo:
 
 
 def loo(posterior: Posterior) -> Loo:
-    """See :class:`Loo`.
-
-    Raises:
-        ValueError: the model observes nothing, or the draws were resampled.
-    """
-    if posterior.resampled:
-        raise ValueError("these draws are resampled already; ask the posterior that they came from")
+    """See ``Posterior.loo``."""
+    check_unspent(posterior)
     if not posterior.log_likelihood:
         raise ValueError("the model observes nothing, so there is nothing to leave out")
     pointwise, k_hat = {}, {}
-    for name, likelihood in posterior.log_likelihood.items():
+    likelihoods = posterior.log_likelihood
+    for name in likelihoods.keys() & posterior.query.scored:
+        likelihood = likelihoods[name]
         weights = _broadcast_weights(posterior, name, likelihood) - likelihood
         found = psis.smooth(weights.numpy(force=True))
         smooth = torch.from_numpy(found.log_weights)

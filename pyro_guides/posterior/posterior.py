@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from pyro_guides.distributions.transforms import strip_independent
-from pyro_guides.posterior import handover, prediction, refining, weighing
+from pyro_guides.posterior import handover, prediction, refining, sampling, summaries, weighing
 from pyro_guides.posterior.contents import attributes, contents
 from pyro_guides.posterior.loo import Loo, loo
 from pyro_guides.posterior.query import Query
 from pyro_guides.scoring import Scores
-from pyro_guides.structure import Latent, Structure
+from pyro_guides.statistics import arguments
+from pyro_guides.structure import Structure
 from pyro_guides.variables import Variable
 
 if TYPE_CHECKING:
     from pyro_guides.guide import AmortizedGuide
 
-__all__ = ["Posterior", "Sample"]
-
-_VALUES_PER_PASS = 500_000  # bounds the memory of one pass; measured in latent values
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Draws of the latents, and log q of each."""
-
-    draws: dict[str, Tensor]
-    log_q: Tensor
+__all__ = ["Posterior"]
 
 
 @final
@@ -52,19 +39,45 @@ class Posterior:
         query: the guide, the model's arguments, and what is held.
         num_draws: S, how many draws to take.
         sample: the draws, if they are there already.
+        shared: draws of some latents, if these are there already.
 
     Raises:
         ValueError: ``num_draws`` is less than 1.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_guides import AmortizedGuide
+        >>> def model(x, noise=1.0):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("row", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, noise), obs=x)
+        >>> posterior = AmortizedGuide(model).posterior(torch.randn(5), num_draws=100)
+        >>> posterior.predict()["x"].shape
+        torch.Size([100, 5])
+        >>> posterior.predict(torch.zeros(5), noise=0.1)["x"].shape  # other arguments than the guide's
+        torch.Size([100, 5])
+        >>> rows = posterior.local({"mean": torch.tensor(0.5)})
+        >>> rows
+        Posterior(100 draws of z: (5,), given mean)
+        >>> rows.refine(max_steps=50).gain.value.shape
+        torch.Size([5])
+        >>> rows.resample(50)
+        Posterior(50 draws of z: (5,), given mean)
     """
 
-    def __init__(self, query: Query, *, num_draws: int = 1000, sample: Sample | None = None) -> None:
-        if isinstance(num_draws, bool) or not isinstance(num_draws, int):
-            raise TypeError(f"num_draws must be an int, got {num_draws!r}")
-        if num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    def __init__(
+        self,
+        query: Query,
+        *,
+        num_draws: int = 1000,
+        sample: sampling.Sample | None = None,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.query = query
-        self.num_draws = num_draws
+        self.num_draws = arguments.count("num_draws", num_draws, least=1)
         self.resampled = sample is not None
+        self.shared = shared
         self.gain: refining.Gain | None = None
         if sample is not None:
             self.__dict__["_sample"] = sample
@@ -113,13 +126,22 @@ class Posterior:
         """
         return self.query.by_row(self._scores.log_prob)
 
+    def densities_of_rows(self) -> tuple[Tensor, Tensor] | None:
+        """Log p and log q of each row given what rows share, for batches of such rows; else None."""
+        log_q = self._sample.log_q_of_rows
+        if log_q is None:
+            return None
+        return self.query.by_row(self._scores.log_prob, self.query.inner_plates), log_q
+
     @cached_property
     def log_weights(self) -> Tensor:
         """Log p − log q of each draw, ``(S, *row plates)``: how much the posterior wants it.
 
         Raises:
-            ValueError: one is NaN or infinitely large; the message names the site and the rows.
+            ValueError: one is NaN or infinitely large, and the message names the site and the rows; or the
+                draws were resampled.
         """
+        weighing.check_unspent(self)
         log_weights = self.log_p - self.log_q
         weighing.check_finite(log_weights, self._scores.log_prob, self.query)
         return log_weights
@@ -146,7 +168,7 @@ class Posterior:
         latents = self.query.latents
         if unknown := [name for name in values if name not in latents]:
             raise ValueError(f"there are no latents {unknown}; they are {list(latents)}")
-        given = {name: self._checked(name, values) for name in latents}
+        given = {name: self.query.checked(name, values) for name in latents}
         counts = {name: len(value) for name, value in given.items()}
         count = max(counts.values())
         if any(other not in (1, count) for other in counts.values()):
@@ -161,8 +183,7 @@ class Posterior:
     def local(self, given: Mapping[str, Tensor] | None = None) -> Posterior:
         r"""The posterior of the latents of each row given all others, q(z_i | x_i, θ).
 
-        Rows are independent given what they share, so each can be judged and repaired on its own. Where
-        nothing is shared it is this posterior itself.
+        Rows are independent given what they share, so each can be judged and repaired on its own.
 
         Args:
             given: values of the latents outside the rows' plates, in natural shapes; if None, the draw of q
@@ -170,19 +191,8 @@ class Posterior:
 
         Raises:
             ValueError: no plate keeps the rows apart, or a value is missing or has another shape.
-
-        Example:
-            >>> import pyro, torch, pyro.distributions as dist
-            >>> from pyro_guides import AmortizedGuide
-            >>> def model(x):
-            ...     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-            ...     with pyro.plate("row", len(x)):
-            ...         z = pyro.sample("z", dist.Normal(mean, 1.0))
-            ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-            >>> AmortizedGuide(model).posterior(torch.randn(5)).local()
-            Posterior(1000 draws of z: (5,), given mean)
         """
-        if self.row_plates:
+        if self.row_plates and not given:
             return self
         query = self.query
         upper = [name for name in query.latents if name not in query.inner]
@@ -193,7 +203,7 @@ class Posterior:
             )
         if given is None:
             given = query.central_draw({name: self.draws[name] for name in upper})
-        held = {name: self._checked(name, given)[0] for name in upper}
+        held = {name: query.single(name, given) for name in upper}
         if unknown := sorted(given.keys() - held.keys()):
             raise ValueError(f"given names {unknown}, but the latents outside the rows are {upper}")
         return Posterior(query.holding(held), num_draws=self.num_draws)
@@ -202,21 +212,17 @@ class Posterior:
 
     def mean(self) -> dict[str, Tensor]:
         """The mean of the draws of each latent, in its natural shape."""
-        return {name: _floating(draws).mean(0) for name, draws in self.draws.items()}
+        return {name: summaries.floating(draws).mean(0) for name, draws in self.draws.items()}
 
     def sd(self) -> dict[str, Tensor]:
         """The standard deviation of the draws of each latent, in its natural shape."""
         if self.num_draws < 2:
             raise ValueError("a standard deviation needs at least 2 draws; ask for more num_draws")
-        return {name: _floating(draws).std(0) for name, draws in self.draws.items()}
+        return {name: summaries.floating(draws).std(0) for name, draws in self.draws.items()}
 
     def median(self) -> dict[str, Tensor]:
         """The median of each latent, in its natural shape; see ``AmortizedGuide.median``."""
-        network = self.guide.network
-        closed = all(network.family(index).has_quantiles for index in range(len(network.parts)))
-        if closed and not self.resampled:
-            return self._place(torch.tensor(0.5))
-        return {name: values[0] for name, values in self.quantiles([0.5]).items()}
+        return summaries.median(self)
 
     def quantiles(self, probabilities: Sequence[float] | Tensor) -> dict[str, Tensor]:
         """Marginal quantiles of each latent, ``(len(probabilities), *natural shape)``.
@@ -230,10 +236,7 @@ class Posterior:
         levels = torch.as_tensor(probabilities, dtype=torch.float64)
         if levels.dim() != 1 or not len(levels) or not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles must be a list of numbers from 0 to 1, got {probabilities}")
-        if self.resampled or not self._has_closed_quantiles():
-            return {n: _quantiles(x, levels) for n, x in self.draws.items()}
-        placed = [self._place(level) for level in levels]
-        return {name: torch.stack([values[name] for values in placed]) for name in placed[0]}
+        return summaries.quantiles(self, levels)
 
     # --- judgement
 
@@ -269,13 +272,31 @@ class Posterior:
         return weighing.bound(self.log_weights, num_draws)
 
     def loo(self) -> Loo:
-        """Leave-one-out predictive density of each observation; see :class:`~pyro_guides.Loo`."""
+        """Leave-one-out predictive density of each observation, corrected for draws from q.
+
+        Returns:
+            Pointwise densities and k̂, see :class:`~pyro_guides.Loo`.
+
+        Raises:
+            ValueError: the model observes nothing, or the draws were resampled.
+        """
         return loo(self)
 
     # --- prediction and repair
 
     def predict(self, *args: Any, **kwargs: Any) -> prediction.Prediction:
-        """What the model predicts; see :func:`prediction.predict`."""
+        """What the model predicts at each draw, ``(S, *natural shape)`` of each site.
+
+        Observed sites are hidden and drawn anew, ``pyro.deterministic`` sites are computed; the model and the
+        guide share one subsample.
+
+        Args:
+            *args: arguments of the model, if they are to be others than the guide's, for the same rows.
+            **kwargs: its keyword arguments; without ``args``, those that are to change.
+
+        Raises:
+            ValueError: with these arguments the model expects latents of other shapes.
+        """
         return prediction.predict(self, args, kwargs)
 
     def prior(self, num_draws: int | None = None) -> prediction.Prediction:
@@ -287,18 +308,73 @@ class Posterior:
         return prediction.prior(self.query, self.num_draws if num_draws is None else num_draws)
 
     def resample(self, num_draws: int | None = None) -> Posterior:
-        """Draws that stand for the posterior better than those of q; see :func:`weighing.resample`."""
+        r"""Take each draw as often as the posterior wants it, row by row.
+
+        Draws are taken with replacement with their Pareto-smoothed weights, evenly spread over the cumulative
+        weight. Good where k̂ is below its threshold; it cannot find what q has missed.
+
+        Args:
+            num_draws: how many to take; as many as there are if None.
+
+        Raises:
+            ValueError: they are resampled already, or ``num_draws`` is less than 1.
+
+        Source: Aki Vehtari et al., "Pareto Smoothed Importance Sampling", 2024, arXiv:1507.02646.
+        """
         return weighing.resample(self, num_draws)
 
-    def refine(self, **options: Any) -> Posterior:
-        """The best q of the same family for these rows; see :func:`refining.refine`."""
-        refinement, gain = refining.refine(self.query, num_draws=self.num_draws, **options)
+    def refine(self, *, particles: int = 16, max_steps: int = 2000) -> Posterior:
+        r"""The best q of the same family for these rows; the guide stays as it is.
+
+        λ of each row is optimized from where the encoder puts it, everything else fixed, all rows at once:
+
+        .. math:: \max_{\delta_i} E_{q(z_i; \lambda_i + \delta_i)}
+            [\log p(x_i, z_i) - \log q(z_i; \lambda_i + \delta_i)]
+
+        Each of three step sizes is taken until 50 further steps raise the mean ELBO by less than two standard
+        errors or 0.001 nats; λ is the mean over the last 25 steps. A row whose ELBO that has not raised, by
+        as many fresh draws, keeps its amortized λ.
+
+        Args:
+            particles: how many draws each step takes.
+            max_steps: when to stop in any case.
+
+        Returns:
+            A posterior like this one, whose ``gain`` says by how much each row's ELBO was raised.
+
+        Raises:
+            ValueError: an argument is less than 1.
+            NotImplementedError: the model draws other latents itself.
+
+        Source: Yoon Kim et al., "Semi-Amortized Variational Autoencoders", 2018, arXiv:1802.02550.
+        """
+        refinement, gain = refining.refine(
+            self.query, num_draws=self.num_draws, particles=particles, max_steps=max_steps
+        )
         refined = Posterior(self.query.refined(refinement), num_draws=self.num_draws)
         refined.gain = gain
         return refined
 
     def nuts(self, *, full_mass: bool = False, num_chains: int = 1, **options: Any) -> handover.WarmStart:
-        """Pyro's NUTS, started from q; see :func:`handover.nuts`."""
+        """Pyro's NUTS with initial values and a mass matrix from q.
+
+        Chains start at draws of q that are taken with their weights, and the inverse mass matrix starts as
+        the covariance of q, so that a short warm-up is enough. What is held stays.
+
+        Args:
+            full_mass: whether the mass matrix has off-diagonal elements.
+            num_chains: how many chains are to start.
+            **options: for ``pyro.infer.NUTS``.
+
+        Returns:
+            A kernel and initial values, for ``MCMC(kernel, initial_params=...)``; run it with the model's
+            arguments.
+
+        Raises:
+            ValueError: ``num_chains`` is less than 1; a latent is discrete; the model subsamples its rows.
+
+        Source: Matthew D. Hoffman, Andrew Gelman, "The No-U-Turn Sampler", 2014, arXiv:1111.4246.
+        """
         return handover.nuts(self, full_mass=full_mass, num_chains=num_chains, **options)
 
     # --- to ArviZ
@@ -315,70 +391,10 @@ class Posterior:
     # --- passes over guide and model
 
     @cached_property
-    def _sample(self) -> Sample:
-        query = self.query
-        size = sum(math.prod(query.natural_shape(latent)) for latent in query.latents.values())
-        most = max(1, _VALUES_PER_PASS // max(1, size))
-        counts = [min(most, self.num_draws - i) for i in range(0, self.num_draws, most)]
-        with torch.no_grad():
-            passes = []
-            for count in counts:
-                trace = query.run(count)
-                passes.append((query.draws_of(trace), query.log_q_of(trace)))
-        draws = {name: torch.cat([own[name] for own, _ in passes]) for name in query.latents}
-        return Sample(draws, torch.cat([log_q for _, log_q in passes]))
+    def _sample(self) -> sampling.Sample:
+        return sampling.take(self.query, self.num_draws, self.shared)
 
     @cached_property
     def _scores(self) -> Scores:
         with torch.no_grad():
             return self.query.model.score(self.draws, self.query.held)
-
-    def _checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """A given value with a dimension for draws on the left."""
-        latent = self.structure.latents[name]
-        natural = self.query.natural_shape(latent)
-        if name not in values:
-            raise ValueError(f"values for all latents are needed, but '{name}' is missing")
-        value = values[name]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"the value of '{name}' must be a tensor, got a {type(value).__name__}")
-        lead = value.shape[: value.dim() - len(natural)]
-        if len(lead) > 1 or value.shape != lead + natural:
-            raise ValueError(
-                f"the value of '{name}' has shape {tuple(value.shape)}, expected {tuple(natural)} or "
-                f"(S, {', '.join(map(str, natural))})"
-            )
-        if latent.fixed and not bool(latent.support.check(value).all()):
-            raise ValueError(f"the value of '{name}' lies outside its support {latent.support}")
-        return value if lead else value.unsqueeze(0)
-
-    def _place(self, level: Tensor) -> dict[str, Tensor]:
-        placed = self.query.place(lambda q: q.quantile(level.to(q.mean)))
-        return {name: placed[name] for name in self.query.latents}
-
-    def _has_closed_quantiles(self) -> bool:
-        network = self.guide.network
-        return all(
-            not part.upstream and network.family(index).has_quantiles
-            for index, part in enumerate(network.parts)
-        ) and all(map(_is_increasing, self.structure.latents.values()))
-
-
-def _floating(draws: Tensor) -> Tensor:
-    return draws if draws.is_floating_point() else draws.to(torch.get_default_dtype())
-
-
-def _quantiles(draws: Tensor, levels: Tensor) -> Tensor:
-    """Empirical quantiles; of discrete values those that occur."""
-    how = "linear" if draws.is_floating_point() else "nearest"
-    values = _floating(draws)
-    return torch.quantile(values, levels.to(values), dim=0, interpolation=how).to(draws.dtype)
-
-
-def _is_increasing(latent: Latent) -> bool:
-    """Whether each value is an increasing function of one unconstrained value."""
-    transform = strip_independent(latent.require_transform())
-    try:
-        return transform.codomain.event_dim == 0 and transform.sign == 1
-    except NotImplementedError:
-        return False

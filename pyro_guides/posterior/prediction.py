@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any, final
 from torch import Tensor
 
 from pyro_guides.posterior.contents import variable
-from pyro_guides.scoring import ModelCall, Simulation
+from pyro_guides.scoring import Simulation
+from pyro_guides.statistics import arguments
 from pyro_guides.variables import Variable
 
 if TYPE_CHECKING:
@@ -70,41 +72,29 @@ class Prediction:
 
 
 def predict(posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Prediction:
-    """What the model predicts at each draw of the posterior, ``(S, *natural shape)`` of each site.
-
-    Observed sites are hidden and drawn anew; the model and the guide share one subsample.
-
-    Args:
-        posterior: where values of latents come from.
-        args: arguments of the model, if they are to be others than the guide's, for the same rows.
-        kwargs: its keyword arguments.
-
-    Raises:
-        ValueError: with these arguments the model expects latents of other shapes.
-
-    Example:
-        >>> import pyro, torch, pyro.distributions as dist
-        >>> from pyro_guides import AmortizedGuide
-        >>> def model(x, noise=1.0):
-        ...     with pyro.plate("row", len(x)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("x", dist.Normal(z, noise), obs=x)
-        >>> x = torch.randn(5)
-        >>> posterior = AmortizedGuide(model).posterior(x, num_draws=100)
-        >>> posterior.predict()["x"].shape
-        torch.Size([100, 5])
-        >>> posterior.predict(x, noise=0.0001)["x"].shape  # other arguments than the guide's
-        torch.Size([100, 5])
-    """
+    """See ``Posterior.predict``."""
     query = posterior.query
-    if not args and not kwargs:
-        model, group = query.model, "posterior_predictive"
-    else:
-        model, group = replace(query.model, args=args, kwargs=dict(kwargs)), "predictions"
+    model, group = query.model, "posterior_predictive"
+    if args or kwargs:
+        if not args:
+            args, kwargs = _updated(query, kwargs)
+        model, group = replace(model, args=args, kwargs=dict(kwargs)), "predictions"
     return Prediction(model.simulate(posterior.draws, query.held), group, group)
+
+
+def _updated(query: Query, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The guide's arguments with some of them changed by name."""
+    model = query.guide.model
+    try:
+        bound = inspect.signature(getattr(model, "forward", model)).bind(*query.args, **query.kwargs)
+    except (TypeError, ValueError):
+        return query.args, {**query.kwargs, **kwargs}
+    own = {name: value for name, value in kwargs.items() if name in bound.signature.parameters}
+    bound.arguments.update(own)
+    return bound.args, {**bound.kwargs, **{name: x for name, x in kwargs.items() if name not in own}}
 
 
 def prior(query: Query, num_draws: int) -> Prediction:
     """What the model draws without any data; what is held stays so."""
-    model: ModelCall = query.model
-    return Prediction(model.simulate({}, query.held, count=num_draws), "prior_predictive", "prior")
+    count = arguments.count("num_draws", num_draws, least=1)
+    return Prediction(query.model.simulate({}, query.held, count=count), "prior_predictive", "prior")

@@ -164,7 +164,8 @@ class Query:
         given = {**{name: value.unsqueeze(0) for name, value in self.held.items()}, **(values or {})}
         given = {name: self._aligned(name, value) for name, value in given.items()}
         guide = poutine.condition(self._sample, data=given) if given else self._sample
-        with poutine.block(), pyro.plate(_DRAWS, count, dim=-self.structure.depth - 1):
+        draws = pyro.plate(_DRAWS, count, dim=-self.structure.depth - 1)
+        with self.guide.network.evaluated(), poutine.block(), draws:
             return poutine.trace(guide).get_trace()
 
     def draws_of(self, trace: Trace) -> dict[str, Tensor]:
@@ -174,10 +175,10 @@ class Query:
             for name, latent in self.latents.items()
         }
 
-    def log_q_of(self, trace: Trace) -> Tensor:
-        """Log q of a run's draws, ``(S, *row plates)``."""
+    def log_q_of(self, trace: Trace, plates: Collection[str] | None = None) -> Tensor:
+        """Log q of a run's draws, see :meth:`by_row`."""
         trace.compute_log_prob()
-        return self.by_row({name: trace.nodes[name]["log_prob"] for name in self.latents})
+        return self.by_row({name: trace.nodes[name]["log_prob"] for name in self.latents}, plates)
 
     def by_row(self, log_probs: Mapping[str, Tensor], plates: Collection[str] | None = None) -> Tensor:
         """Log densities summed over sites, and over everything but the row plates.
@@ -199,7 +200,14 @@ class Query:
             total = total + (aligned.sum(summed) if summed else aligned)
         for plate in rows:  # a row's own density, not that of the rows it stands for
             total = total / plate.scale
-        return total
+        return total / self._common_scale(self.inner if plates else self.scored)
+
+    def _common_scale(self, names: Collection[str]) -> float:
+        """The factor that a ``poutine.scale`` puts on all of some latents, and that q does not depend on."""
+        scales = {n: torch.as_tensor(x.scale) for n, x in self.latents.items() if n in names}
+        first = next(iter(scales.values()), torch.tensor(1.0))
+        same = all(x.numel() == 1 and float(x) == float(first) for x in scales.values())
+        return float(first) if same else 1.0
 
     def _sample(self) -> dict[str, Tensor]:
         call = self.guide._open(
@@ -213,7 +221,7 @@ class Query:
 
     def place(self, pick: Callable[[Any], Tensor]) -> dict[str, Tensor]:
         """Values without sampling, see ``Call.place``."""
-        with torch.no_grad(), poutine.block():
+        with torch.no_grad(), self.guide.network.evaluated(), poutine.block():
             call = self.guide._open(
                 self.args, self.kwargs, structure=self.structure, refinement=self.refinement
             )
@@ -226,11 +234,37 @@ class Query:
         distance = ((u - u.mean(0)) / (u.std(0, correction=0) + 1e-12)).square().sum(-1)
         return {name: value[int(distance.argmin())] for name, value in draws.items()}
 
-    # --- shapes
+    # --- values and shapes
+
+    def checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """A given value with a dimension for draws on the left."""
+        latent = self.structure.latents[name]
+        natural = self.natural_shape(latent)
+        if name not in values:
+            raise ValueError(f"values for all latents are needed, but '{name}' is missing")
+        value = values[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the value of '{name}' must be a tensor, got a {type(value).__name__}")
+        lead = value.shape[: value.dim() - len(natural)]
+        if len(lead) > 1 or value.shape != lead + natural:
+            raise ValueError(
+                f"the value of '{name}' has shape {tuple(value.shape)}, expected {tuple(natural)} or "
+                f"(S, {', '.join(map(str, natural))})"
+            )
+        if latent.fixed and not bool(latent.support.check(value).all()):
+            raise ValueError(f"the value of '{name}' lies outside its support {latent.support}")
+        return value if lead else value.unsqueeze(0)
 
     def natural_shape(self, latent: Latent) -> torch.Size:
         """The shape that a latent has in the model itself."""
         return self.structure.batch_shape(latent.plates) + latent.event_shape
+
+    def single(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """A given value of one draw, in its natural shape."""
+        value = self.checked(name, values)
+        if len(value) > 1:
+            raise ValueError(f"there are {len(value)} draws of '{name}'; give one value")
+        return value[0]
 
     def _aligned(self, name: str, value: Tensor) -> Tensor:
         """A value ``(S, *natural shape)`` with the draws in front of all plate dimensions."""

@@ -15,6 +15,7 @@ Xuechen Li, David Duvenaud, "Inference Suboptimality in Variational Autoencoders
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast, final
@@ -58,35 +59,29 @@ class Gain:
 def refine(
     query: Query, *, num_draws: int = 1000, particles: int = 16, max_steps: int = 2000
 ) -> tuple[Refinement, Gain]:
-    """Optimize λ of the rows at hand, and leave the guide as it is.
-
-    Each of three step sizes is taken until 50 further steps raise the mean ELBO by less than two standard
-    errors or 0.001 nats; λ is the mean over the last 25 steps. A row whose ELBO that has not raised, by as
-    many fresh draws, keeps its amortized λ.
+    """Optimize λ of the rows of a query, see ``Posterior.refine``.
 
     Args:
         query: the rows.
         num_draws: S, how many draws measure the gain.
         particles: how many draws each step takes.
         max_steps: when to stop in any case.
-
-    Raises:
-        ValueError: an argument is less than 1.
-        NotImplementedError: the model draws other latents itself.
     """
     for name, value in (("particles", particles), ("max_steps", max_steps), ("num_draws", num_draws)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
     query = query.remembering()
-    start = Refinement(_changes(query))
-    walk = _Walk(query, start, particles)
-    settled = walk.until_settled(max_steps)
-    before, after = _compared(query, start, num_draws)
-    _keep_where(query, start, (after - before).mean(0) > 0)
-    before, after = _compared(query, start, num_draws)
+    start = query.refinement if query.refinement is not None else Refinement(_changes(query))
+    refinement = copy.deepcopy(start).requires_grad_()
+    walk = _Walk(query, refinement, particles)
+    with torch.enable_grad():
+        settled = walk.until_settled(max_steps)
+    before, after = _compared(query, refinement, num_draws)
+    _keep_where(query, (after - before).mean(0) > 0, refinement, copy.deepcopy(start))
+    before, after = _compared(query, refinement, num_draws)
     gain = after - before
     error = gain.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(gain[0], float("nan"))
-    return start.requires_grad_(False), Gain(gain.mean(0), error, walk.steps, settled)
+    return refinement.requires_grad_(False), Gain(gain.mean(0), error, walk.steps, settled)
 
 
 class _Walk:
@@ -182,9 +177,10 @@ def _units(
     probes = {key: _Probe(depth, refinement.get(*key)) for key in targets}
     with torch.no_grad():
         draws = query.draws_of(query.run(_PROBES))
-    trace = query.refined(Refinement(probes)).run(_PROBES, draws)
-    trace.compute_log_prob()
-    log_q = torch.stack([trace.nodes[name]["log_prob"].sum() for name in query.latents]).sum()
+    with torch.enable_grad():
+        trace = query.refined(Refinement(probes)).run(_PROBES, draws)
+        trace.compute_log_prob()
+        log_q = torch.stack([trace.nodes[name]["log_prob"].sum() for name in query.latents]).sum()
     log_q.backward(inputs=[probe.added for probe in probes.values()])
     return {key: probe.unit() for key, probe in probes.items()}
 
@@ -234,15 +230,16 @@ class _Probe(nn.Module):
         return (information + _LEAST_INFORMATION).rsqrt()
 
 
-def _keep_where(query: Query, refinement: Refinement, better: Tensor) -> None:
-    """Take changes back where they are no better, ``(*rows)``."""
+def _keep_where(query: Query, better: Tensor, refinement: Refinement, start: Refinement) -> None:
+    """Go back to the start where that was better, ``(*rows)``."""
     shape = [1] * query.structure.depth
     for plate in query.structure.plates_of(query.inner_plates):
         shape[plate.dim] = plate.batch
     rows = better.reshape(shape)
-    for change in cast("Iterator[Change]", refinement.changes.children()):
+    pairs = zip(refinement.changes, start.changes, strict=True)
+    for change, other in cast("Iterator[tuple[Change, Change]]", pairs):
         batch_dim = change.unit.dim() - 1
-        change.keep(rows.reshape(rows.shape[rows.dim() - batch_dim :]))
+        change.keep(rows.reshape(rows.shape[rows.dim() - batch_dim :]), other)
 
 
 def _compared(query: Query, refinement: Refinement, count: int) -> tuple[Tensor, Tensor]:
@@ -258,9 +255,8 @@ def _log_weights(query: Query, count: int, state: Tensor) -> Tensor:
     elsewhere = torch.get_rng_state()
     torch.set_rng_state(state)
     trace = query.run(count)
-    trace.compute_log_prob()
     if not torch.equal(state, elsewhere):
         torch.set_rng_state(elsewhere)
-    log_q = query.by_row({n: trace.nodes[n]["log_prob"] for n in query.latents}, query.inner_plates)
+    log_q = query.log_q_of(trace, query.inner_plates)
     log_p = query.by_row(query.model.score(query.draws_of(trace), query.held).log_prob, query.inner_plates)
     return log_p - log_q

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_guides.statistics import psis
+from pyro_guides.posterior.sampling import Sample
+from pyro_guides.statistics import arguments, psis
 
 if TYPE_CHECKING:
     from pyro_guides.posterior.posterior import Posterior
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 _SAME = 1e-3  # nats between the largest and the smallest weight: as good as exact
 
-__all__ = ["bound", "check_finite", "effective_size", "resample", "smoothed"]
+__all__ = ["bound", "check_finite", "check_unspent", "effective_size", "resample", "smoothed"]
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,6 +49,15 @@ def bound(log_weights: Tensor, num_draws: int | None) -> tuple[Tensor, Tensor]:
     return value.to(log_weights), error.to(log_weights)
 
 
+def check_unspent(posterior: Posterior) -> None:
+    """Raise a ValueError if draws were resampled: they are to be weighted no more."""
+    if posterior.resampled:
+        raise ValueError(
+            "these draws are resampled already, so that their weights are spent; ask the posterior that they "
+            "came from"
+        )
+
+
 def check_finite(log_weights: Tensor, log_prob: Mapping[str, Tensor], query: Query) -> None:
     """Raise a ValueError if a log weight is NaN or infinitely large; zero weights are fine."""
     bad = log_weights.isnan() | (log_weights == torch.inf)
@@ -67,29 +77,13 @@ def check_finite(log_weights: Tensor, log_prob: Mapping[str, Tensor], query: Que
 
 
 def resample(posterior: Posterior, num_draws: int | None) -> Posterior:
-    r"""Take each draw as often as the posterior wants it, row by row.
+    """See ``Posterior.resample``."""
+    from pyro_guides.posterior.posterior import Posterior
 
-    Draws are taken with replacement with their Pareto-smoothed weights, evenly spread over the cumulative
-    weight. Good where k̂ is below its threshold; it cannot find what q has missed.
-
-    Args:
-        posterior: where draws come from.
-        num_draws: how many to take; as many as there are if None.
-
-    Raises:
-        ValueError: it is resampled already, or ``num_draws`` is less than 1.
-
-    Source: Aki Vehtari et al., "Pareto Smoothed Importance Sampling", 2024, arXiv:1507.02646.
-    """
-    from pyro_guides.posterior.posterior import Posterior, Sample
-
-    if posterior.resampled:
-        raise ValueError("these draws are resampled already; resample the posterior that they came from")
-    count = posterior.num_draws if num_draws is None else num_draws
-    if count < 1:
-        raise ValueError(f"num_draws must be at least 1, got {count}")
+    check_unspent(posterior)
+    count = posterior.num_draws if num_draws is None else arguments.count("num_draws", num_draws, least=1)
     weights = smoothed(posterior.log_weights)[0].double().exp()
-    rows = weights.flatten(1).T.contiguous()  # (rows, S)
+    rows = weights.reshape(len(weights), -1).T.contiguous()  # (rows, S)
     points = (
         torch.arange(count, dtype=torch.float64) + torch.rand(len(rows), 1, dtype=torch.float64)
     ) / count

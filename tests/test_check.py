@@ -217,6 +217,25 @@ def test_check_refuses(diagonal, posterior, message):
         check(posterior(diagonal), show=False)
 
 
+@pytest.mark.parametrize("total", [5, 50_000])
+def test_rows_of_a_large_data_set_are_judged_as_if_alone(total):
+    """A constrained latent in a subsampled plate: neither gaps nor refinement know of the other rows."""
+    x = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.2])
+
+    def half_line(x):
+        with pyro.plate("row", total, subsample_size=len(x)):
+            y = pyro.sample("y", dist.LogNormal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(y.log(), NOISE), obs=x)
+
+    pyro.set_rng_seed(0)
+    report = check(AmortizedGuide(half_line).posterior(x, num_draws=500), show=False)
+    exact = dist.Normal(0.0, math.sqrt(1 + NOISE**2)).log_prob(x)
+    assert (report.columns["bound"] - exact).abs().max() < 0.02
+    assert report.columns["family_gap"].abs().max() < 0.02
+    assert report.columns["amortization_gap"].min() > 0.1
+    assert torch.equal(report.columns["missing"], torch.zeros(5))
+
+
 def test_check_names_what_it_takes(diagonal):
     with pytest.raises(TypeError, match=r"takes what guide.posterior\(...\) returns, got a AmortizedGuide"):
         check(diagonal)

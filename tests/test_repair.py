@@ -123,6 +123,27 @@ def test_nan_weights_name_their_site_and_rows():
     with pytest.raises(ValueError, match=expected):
         posterior.k_hat  # noqa: B018
 
+    exported = posterior.to_groups()["sample_stats"]  # what there is can be looked at
+    assert exported.keys() == {"lp", "log_q", "log_weight"}
+
+
+def test_draws_of_zero_density_have_no_weight():
+    """A uniform observation that draws outside of it cannot have made."""
+
+    def bounded(x):
+        with pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Uniform(z - 1.0, z + 1.0, validate_args=False), obs=x)
+
+    pyro.set_rng_seed(0)
+    posterior = AmortizedGuide(bounded, init_scale=1.0).posterior(torch.zeros(2), num_draws=20_000)
+    assert (posterior.log_weights == -torch.inf).any()
+    # Half the normal's mass within one sd.
+    exact = math.log(math.erf(1 / math.sqrt(2)) / 2)
+    assert (posterior.bound()[0] - exact).abs().max() < 0.05
+    assert (posterior.loo().pointwise["x"] + math.log(2.0)).abs().max() < 0.05
+    assert posterior.refine(max_steps=10).gain.value.isfinite().all()
+
 
 # --- leave one out
 

@@ -90,8 +90,7 @@ class Landscape:
             value = piece.constrain(own)
             jacobians[name] = piece.log_jacobian(own, value)
             values[name] = value
-        unscaled = self.query.by_row(jacobians)
-        return values, unscaled
+        return values, self.query.summed(jacobians)
 
     def _rows_first(self, x: Tensor) -> Tensor:
         """Move the dimensions of rows behind that of draws; ``x`` is ``(M, *batch, size)``."""

@@ -49,7 +49,7 @@ def shared_log_weights(posterior: Posterior) -> Tensor:
         log_p = query.model.score({**query.draws_of(trace), **some}, query.held).log_prob
         joint = query.by_row(log_p) - query.by_row(log_q)
         own = query.by_row(log_p, query.inner_plates) - query.by_row(log_q, query.inner_plates)
-        scale = math.prod(plate.scale for plate in query.structure.plates_of(query.inner_plates))
+        scale = query.scale_of_row(query.inner_plates) / query.scale_of_row()
         outside = joint - scale * own.flatten(1).sum(-1)
         within = own.unflatten(0, (-1, _INNER)).logsumexp(1) - math.log(_INNER)
         parts.append(outside[::_INNER] + scale * within.flatten(1).sum(-1))

@@ -100,7 +100,8 @@ def _statistics(posterior: Posterior, rows: Mapping[str, int]) -> dict[str, Vari
     found = {name: _in_rows(x, rows, draws=True) for name, x in (("lp", log_p), ("log_q", log_q))}
     if not posterior.resampled:
         found["log_weight"] = _in_rows(log_p - log_q, rows, draws=True)
-        if posterior.num_draws >= 25 and of_rows is None:
+        finite = bool((log_p - log_q < torch.inf).all())
+        if finite and posterior.num_draws >= 25 and of_rows is None:
             found["k_hat"] = _in_rows(posterior.k_hat, rows, draws=False)
     return found
 

@@ -62,7 +62,9 @@ def loo(posterior: Posterior) -> Loo:
     likelihoods = posterior.log_likelihood
     for name in likelihoods.keys() & posterior.query.scored:
         likelihood = likelihoods[name]
+        impossible = likelihood == -torch.inf  # and so never a draw from the posterior
         weights = _broadcast_weights(posterior, name, likelihood) - likelihood
+        weights = weights.masked_fill(impossible, -torch.inf)
         found = psis.smooth(weights.numpy(force=True))
         smooth = torch.from_numpy(found.log_weights)
         pointwise[name] = (smooth + likelihood.double()).logsumexp(0)

@@ -5,6 +5,7 @@ Runs the guide for many draws side by side, and sums densities row by row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -181,26 +182,38 @@ class Query:
         return self.by_row({name: trace.nodes[name]["log_prob"] for name in self.latents}, plates)
 
     def by_row(self, log_probs: Mapping[str, Tensor], plates: Collection[str] | None = None) -> Tensor:
-        """Log densities summed over sites, and over everything but the row plates.
+        """Log densities of each row, those of the row itself and not of the rows it stands for.
 
         Args:
-            log_probs: by site, ``(S, ..., *batch)``; sites that do not count are left out.
+            log_probs: scaled by site, as Pyro has them, ``(S, ..., *batch)``.
+            plates: see :meth:`summed`.
+        """
+        return self.summed(log_probs, plates) / self.scale_of_row(plates)
+
+    def summed(self, values: Mapping[str, Tensor], plates: Collection[str] | None = None) -> Tensor:
+        """Values summed over sites, and over everything but the row plates, ``(S, *row plates)``.
+
+        Args:
+            values: by site, ``(S, ..., *batch)``; sites that do not count are left out.
             plates: the row plates, whose sites alone count; all do if there are none. By default
                 :attr:`row_plates`.
         """
         depth = self.structure.depth
-        rows = self.structure.plates_of(self.row_plates if plates is None else set(plates))
-        kept = [plate.dim for plate in rows]
-        summed = [dim for dim in range(-depth, 0) if dim not in kept]
+        kept = [p.dim for p in self.structure.plates_of(self.row_plates if plates is None else set(plates))]
+        others = [dim for dim in range(-depth, 0) if dim not in kept]
         total = torch.zeros(())
-        for name in log_probs.keys() & (self.inner if plates else self.scored):
-            log_prob = log_probs[name]
-            batch = log_prob.shape[1:]
-            aligned = log_prob.reshape(len(log_prob), *[1] * (depth - len(batch)), *batch)
-            total = total + (aligned.sum(summed) if summed else aligned)
-        for plate in rows:  # a row's own density, not that of the rows it stands for
-            total = total / plate.scale
-        return total / self._common_scale(self.inner if plates else self.scored)
+        for name in values.keys() & (self.inner if plates else self.scored):
+            value = values[name]
+            batch = value.shape[1:]
+            aligned = value.reshape(len(value), *[1] * (depth - len(batch)), *batch)
+            total = total + (aligned.sum(others) if others else aligned)
+        return total
+
+    def scale_of_row(self, plates: Collection[str] | None = None) -> float:
+        """How many times a row counts: by subsampled plates, and by a scale around all of its latents."""
+        rows = self.structure.plates_of(self.row_plates if plates is None else set(plates))
+        scale = math.prod(plate.scale for plate in rows)
+        return scale * self._common_scale(self.inner if plates else self.scored)
 
     def _common_scale(self, names: Collection[str]) -> float:
         """The factor that a ``poutine.scale`` puts on all of some latents, and that q does not depend on."""

@@ -79,7 +79,7 @@ def refine(
     before, after = _compared(query, refinement, num_draws)
     _keep_where(query, (after - before).mean(0) > 0, refinement, copy.deepcopy(start))
     before, after = _compared(query, refinement, num_draws)
-    gain = after - before
+    gain = (after - before).nan_to_num(nan=0.0)  # where log p is −inf before and after
     error = gain.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(gain[0], float("nan"))
     return refinement.requires_grad_(False), Gain(gain.mean(0), error, walk.steps, settled)
 
@@ -147,7 +147,7 @@ def _surrogate(query: Query, particles: int) -> Tensor:
         log_q = query.by_row({name: part.log_prob for name, part in parts.items()}, plates)
         cost = (log_p - log_q).detach()
         centred = (cost - cost.mean(0)) * particles / (particles - 1)
-        surrogate = surrogate + centred * query.by_row(scores, plates)
+        surrogate = surrogate + centred * query.summed(scores, plates)
     return surrogate.mean(0).sum()
 
 
@@ -179,8 +179,7 @@ def _units(
         draws = query.draws_of(query.run(_PROBES))
     with torch.enable_grad():
         trace = query.refined(Refinement(probes)).run(_PROBES, draws)
-        trace.compute_log_prob()
-        log_q = torch.stack([trace.nodes[name]["log_prob"].sum() for name in query.latents]).sum()
+        log_q = query.log_q_of(trace, query.inner_plates).sum()
     log_q.backward(inputs=[probe.added for probe in probes.values()])
     return {key: probe.unit() for key, probe in probes.items()}
 

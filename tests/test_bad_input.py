@@ -15,7 +15,15 @@ from pyro.infer.autoguide import init_to_value
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 from torch import nn
 
-from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, FullRankNormal, LowRankNormal, to_arviz
+from pyro_guides import (
+    MLP,
+    AmortizedGuide,
+    DiagonalNormal,
+    FullRankNormal,
+    LowRankNormal,
+    calibrate,
+    to_arviz,
+)
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 INF, NAN = float("inf"), float("nan")
@@ -232,11 +240,15 @@ CALLS = {
     "log_prob: name": ("rows", "l", lambda g: g.log_prob({"z": ZEROS, "s": ONES, "zed": ONES}, X), ValueError,
         "'zed'"),
     "dims: name": ("rows", "l", lambda g: to_arviz(g.posterior(X), dims={"zed": ["a"]}), ValueError,
-        "dims names ['zed'] ... 'z'"),
+        "dims names 'zed' ... 'z'"),
     "dims: number": ("rows", "l", lambda g: to_arviz(g.posterior(X), dims={"z": ["a"]}), ValueError,
-        "'z' has 1 dimension ... ['data', 'a']"),
-    "log_p": ("subsampled", "l", lambda g: g.posterior(X, num_draws=3).log_p, NotImplementedError,
-        "subsamples ['data'] by itself ... the rows it is given whole"),
+        "'z' ... 'a'"),
+    "bound: count": ("rows", "l", lambda g: g.posterior(X, num_draws=3).bound(2.5), TypeError,
+        "num_draws must be an int, got 2.5"),
+    "batches": ("rows", "l", lambda g: next(g.posteriors(X)), TypeError,
+        "batches must be a DataLoader ... got a Tensor; ... split"),
+    "calibrate": ("rows", "l", calibrate, TypeError,
+        "takes what guide.posterior(...) returns ... AmortizedGuide"),
 }
 # Guides that no call suits: model, options, error, message.
 GUIDES_OF_NO_USE = {

@@ -109,6 +109,7 @@ def test_second_derivatives(kind, inverse, size):
     assert torch.autograd.gradgradcheck(f.inverse if inverse else f, (x, context))
 
 
+@pytest.mark.slow
 @every_kind
 @both_ways
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])

@@ -19,10 +19,10 @@ from torch import nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import pyro_guides.network as network_module
 from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, LowRankNormal
 from pyro_guides.distributions import VectorNormal
 from pyro_guides.heads import AmortizedHead
-from pyro_guides.network import Network
 
 VECTORIZED = {"num_particles": 3, "vectorize_particles": True}
 
@@ -376,7 +376,7 @@ def test_control_an_encoder_without_gradient_is_seen(monkeypatch):
     ("owner", "name", "wrong"),
     [
         (VectorNormal, "slope", lambda self, noise: torch.zeros_like(noise)),
-        (Network, "_twin", cut),
+        (network_module, "_twin", cut),
     ],
     ids=["no slope", "no path through upstream values"],
 )

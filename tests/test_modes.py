@@ -71,6 +71,7 @@ def constrained(x):
             pyro.sample("x", dist.Normal(z.sum(-1), scale), obs=x)
 
 
+@pytest.mark.slow
 def test_rows_with_plates_and_constraints_have_one_mode():
     pyro.set_rng_seed(0)
     x = torch.randn(3, 4)
@@ -107,6 +108,7 @@ def lost_in_mixture(seed):
     return posterior, report
 
 
+@pytest.mark.slow
 def test_a_lost_mode_is_told_where_neither_elbo_nor_k_hat_sees_it():
     posterior, report = lost_in_mixture(0)
     # One mode at its best: the ELBO is log p(x) - log 2, and k_hat is good.

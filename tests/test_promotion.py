@@ -166,6 +166,7 @@ def elbo(guide, x, draws=2_000):
     return float(values.mean()), float(values.std()) / math.sqrt(draws)
 
 
+@pytest.mark.slow
 def test_a_ladder_only_goes_up():
     x = torch.randn(60, 2, **F64).cumsum(-1)
     guide = AmortizedGuide(correlated_pair, family=LADDER[0]).setup(x)

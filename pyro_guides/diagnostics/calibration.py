@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from pyro_guides.diagnostics.comparison import compare
 from pyro_guides.diagnostics.simulations import amortized, other_plates, simulate
+from pyro_guides.posterior import Posterior
 from pyro_guides.statistics import arguments, uniformity
 from pyro_guides.statistics.arguments import Array
 from pyro_guides.variables import Variable
-
-if TYPE_CHECKING:
-    from pyro_guides.posterior import Posterior
 
 __all__ = ["Calibration", "Coverage", "calibrate"]
 
@@ -208,6 +206,11 @@ def calibrate(
         >>> calibrate(guide.posterior(torch.randn(10)), num_simulations=100, num_draws=100)
         not calibrated (p < 1e-12, 100 simulations): z is too narrow; train on, ...
     """
+    if not isinstance(posterior, Posterior):
+        raise TypeError(
+            f"calibrate takes what guide.posterior(...) returns, got a {type(posterior).__name__}; call "
+            "guide.posterior(*args) with rows to simulate others like them"
+        )
     least = arguments.count("num_simulations", num_simulations, least=100)
     draws = arguments.count("num_draws", num_draws, least=20)
     points = arguments.increasing("levels", np.linspace(0.05, 0.95, 19) if levels is None else levels)

@@ -126,8 +126,8 @@ def _contexts(guide: AmortizedGuide, args: tuple[Any, ...], kwargs: Mapping[str,
     plates = query.structure.plates_of(query.inner_plates)
     if not plates:
         raise ValueError(
-            "no plate keeps apart rows that are encoded one by one: the data set is a single row, and there "
-            "are no others to compare it with"
+            "no plate keeps apart rows that are encoded one by one, so the data set as a whole is a single "
+            "row, and there are no others to compare it with"
         )
     with torch.random.fork_rng():  # the run that asks the encoders draws latents, too
         found = query.remembering().contexts or {}

@@ -46,7 +46,14 @@ def _headline(check: Check) -> str:
 
 
 def _gaps(check: Check) -> list[str]:
-    columns = check.columns
+    possible = check.columns["elbo"].isfinite()
+    columns = {name: values[possible] for name, values in check.columns.items()}
+    lines = []
+    if not bool(possible.all()):
+        count = int((~possible).sum())
+        lines.append(f"In {count} of {possible.numel()} rows q draws what the model rules out: ELBO −inf.")
+    if not bool(possible.any()):
+        return lines
     gap = _mean(columns["gap"])
     errors = torch.hypot(columns["bound_error"], columns["elbo_error"]).double()  # of independent rows
     error = float(errors.square().sum().sqrt()) / errors.numel()
@@ -56,9 +63,9 @@ def _gaps(check: Check) -> list[str]:
     elbo = _mean(columns["elbo"])
     line = f"ELBO {elbo:.3f} {unit}, {least}{gap:.3f} below log p(x) (error {error:.3f})"
     if "amortization_gap" not in columns:
-        return [line + "."]
+        return [*lines, line + "."]
     amortization, family = _mean(columns["amortization_gap"]), _mean(columns["family_gap"])
-    lines = [f"{line}: amortization costs {amortization:.3f}, the family {family:.3f}."]
+    lines.append(f"{line}: amortization costs {amortization:.3f}, the family {family:.3f}.")
     if check.settled is False:
         lines.append("Refinement had not settled: the amortization gap is at least that.")
     if max(amortization, family) < _LARGE:

@@ -18,6 +18,11 @@ __all__ = ["posteriors"]
 
 def posteriors(guide: AmortizedGuide, batches: Iterable[Any], num_draws: int) -> Iterator[Posterior]:
     """See ``AmortizedGuide.posteriors``."""
+    if isinstance(batches, Tensor):
+        raise TypeError(
+            "batches must be a DataLoader or another iterable of batches, got a Tensor; cut it into some "
+            "with x.split(500)"
+        )
     shared: dict[str, Tensor] | None = None
     for batch in batches:
         named = dict(batch) if isinstance(batch, Mapping) else {}

@@ -33,14 +33,15 @@ def contents(posterior: Posterior) -> dict[str, dict[str, Variable]]:
 
     latents = query.latents
     unconstrained = {
-        name: latent.unconstrain(posterior.draws[name]).flatten(-1)
+        name: latent.require_transform().inv(posterior.draws[name])
         for name, latent in latents.items()
         if not latent.discrete
     }
+    sizes = {name: len(latent.unconstrained_shape) for name, latent in latents.items()}
     events = {name: len(latent.event_shape) for name, latent in latents.items()}
     groups = {
         "posterior": drawn(posterior.draws, events),
-        "unconstrained_posterior": drawn(unconstrained, dict.fromkeys(latents, 1)),
+        "unconstrained_posterior": drawn(unconstrained, sizes),
         "log_likelihood": drawn(posterior.log_likelihood, dict.fromkeys(posterior.log_likelihood, 0)),
         "observed_data": {
             name: variable(value, dims[name], structure.observed[name].event_dim, draws=False)

@@ -27,7 +27,7 @@ class Loo:
     posterior, is silently off.
 
     Attributes:
-        pointwise: by observed site, ``(*natural batch shape)``, in nats.
+        pointwise: by observed site, ``(*natural batch shape)``, in nats; NaN where it is masked.
         k_hat: by observed site, of the weights of each observation; above its threshold, do not trust it.
 
     Source: Måns Magnusson, Michael Riis Andersen, Johan Jonasson, Aki Vehtari, "Bayesian Leave-One-Out
@@ -40,16 +40,21 @@ class Loo:
     @property
     def elpd(self) -> float:
         """The sum over all observations, in nats."""
-        return float(sum(values.sum() for values in self.pointwise.values()))
+        return float(self._values().sum())
 
     @property
     def error(self) -> float:
         """The standard error of the sum, from how observations differ."""
-        values = torch.cat([values.flatten() for values in self.pointwise.values()])
+        values = self._values()
         return float(values.std() * len(values) ** 0.5) if len(values) > 1 else float("nan")
 
+    def _values(self) -> Tensor:
+        """All that is not masked, in one row."""
+        values = torch.cat([values.flatten() for values in self.pointwise.values()])
+        return values[~values.isnan()]
+
     def __repr__(self) -> str:
-        worst = max(float(values.max()) for values in self.k_hat.values())
+        worst = max(float(values.nan_to_num(-torch.inf).max()) for values in self.k_hat.values())
         return f"Loo(elpd={self.elpd:.2f}, error={self.error:.2f}, worst k_hat={worst:.2f})"
 
 
@@ -67,8 +72,10 @@ def loo(posterior: Posterior) -> Loo:
         weights = weights.masked_fill(impossible, -torch.inf)
         found = psis.smooth(weights.numpy(force=True))
         smooth = torch.from_numpy(found.log_weights)
-        pointwise[name] = (smooth + likelihood.double()).logsumexp(0)
-        k_hat[name] = torch.as_tensor(found.k_hat)
+        masked = (likelihood == 0.0).all(0)  # no value has density one, whatever the draw
+        elpd = (smooth + likelihood.double()).logsumexp(0)
+        pointwise[name] = elpd.masked_fill(masked, torch.nan)
+        k_hat[name] = torch.as_tensor(found.k_hat).masked_fill(masked, torch.nan)
     return Loo(pointwise, k_hat)
 
 

@@ -37,8 +37,8 @@ def effective_size(log_weights: Tensor) -> Tensor:
 def bound(log_weights: Tensor, num_draws: int | None) -> tuple[Tensor, Tensor]:
     """The importance-weighted bound at ``num_draws`` draws and its standard error."""
     count = len(log_weights)
-    size = count if num_draws is None else num_draws
-    if not 1 <= size <= count:
+    size = count if num_draws is None else arguments.count("num_draws", num_draws, least=1)
+    if size > count:
         raise ValueError(f"a bound at {size} draws needs as many; the posterior has {count}")
     blocks = log_weights[: count // size * size].double().unflatten(0, (-1, size))
     bounds = blocks.logsumexp(1) - torch.tensor(float(size)).log()

@@ -195,6 +195,7 @@ def test_copies_and_saved_weights_are_the_same_q(family, tmp_path):
     assert torch.equal(bound(parameters).log_prob(u), expected)
 
 
+@pytest.mark.slow
 @every_family
 def test_no_graph_break_under_compile(family, monkeypatch):
     if isinstance(family, ZukoFlow):

@@ -274,6 +274,7 @@ def drawn(count, width):
     return pad(CENTERS[k], (0, width - 2)) + torch.randn(count, width, **F64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("elbo", "how", "steps"), [("TraceGraph", None, 200), ("TraceEnum", "parallel", 100)]
 )
@@ -293,6 +294,7 @@ def test_assignments_are_learned(elbo, how, steps):
     assert error < 0.02
 
 
+@pytest.mark.slow
 def test_the_amortized_baseline_takes_the_noise_out():
     x, noise = drawn(100, 50), {}
     for baseline in ("amortized", None):

@@ -308,6 +308,7 @@ def evidence_bound(guide, x, particles):
     return -float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))
 
 
+@pytest.mark.slow
 def test_a_full_rank_hierarchy_reaches_the_exact_evidence():
     x = rows(2, 3)
     _, _, evidence = forest_by_hand(x)

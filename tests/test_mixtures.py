@@ -427,6 +427,7 @@ def noise(baseline, x):
     return float(gradients(Trace_ELBO(), model, guide, x, 30).var(0)[-12])  # bias of one weight's logit
 
 
+@pytest.mark.slow
 def test_baselines_take_the_noise_out():
     x = ROWS.repeat(30, 1)
     none, mean, others, network = (noise(b, x) for b in (None, "running_mean", "leave_one_out", "amortized"))

@@ -343,6 +343,7 @@ def sensors(x):
         pyro.sample("x", dist.Normal(theta, 0.5), obs=x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "encoder"), [(linear, MLP), (sensors, DeepSet)])
 def test_training_on_simulated_data_sets(model, encoder):
     depth = int(model is sensors)

@@ -282,6 +282,7 @@ def test_learns_the_posterior_of_a_group_mean():
     assert of_log_sd < 0.02
 
 
+@pytest.mark.slow
 def test_attention_learns_the_posterior_of_a_group_mean():
     of_mean, of_log_sd = error_after_training(SetTransformer(32, 4, 4, 4, 0), 300)
     assert of_mean < 0.1

@@ -8,6 +8,8 @@ import torch
 from pyro.infer import NUTS
 from torch import Tensor
 
+from pyro_guides.statistics import arguments
+
 if TYPE_CHECKING:
     from pyro_guides.posterior.posterior import Posterior
 
@@ -78,8 +80,7 @@ class _WarmNUTS(NUTS):
 
 def nuts(posterior: Posterior, *, full_mass: bool, num_chains: int, **options: Any) -> WarmStart:
     """See ``Posterior.nuts``."""
-    if isinstance(num_chains, bool) or not isinstance(num_chains, int) or num_chains < 1:
-        raise ValueError(f"num_chains must be an int of at least 1, got {num_chains!r}")
+    arguments.count("num_chains", num_chains, least=1)
     if posterior.num_draws < 2:
         raise ValueError("a mass matrix needs at least 2 draws; ask for more num_draws")
     query = posterior.query

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_guides.refinement import Change, Refinement
+from pyro_guides.statistics import arguments
 
 if TYPE_CHECKING:
     from pyro_guides.posterior.query import Query
@@ -67,9 +68,8 @@ def refine(
         particles: how many draws each step takes.
         max_steps: when to stop in any case.
     """
-    for name, value in (("particles", particles), ("max_steps", max_steps), ("num_draws", num_draws)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    arguments.count("particles", particles, least=1)
+    arguments.count("max_steps", max_steps, least=1)
     query = query.remembering()
     start = query.refinement if query.refinement is not None else Refinement(_changes(query))
     refinement = copy.deepcopy(start).requires_grad_()
@@ -88,7 +88,6 @@ class _Walk:
     """Stochastic ascent of the ELBO of all rows."""
 
     def __init__(self, query: Query, refinement: Refinement, particles: int) -> None:
-        self.start = query
         self.query = query.refined(refinement)
         self.refinement = refinement
         self.parameters = list(refinement.parameters())
@@ -124,7 +123,8 @@ class _Walk:
                 parameter.grad = None if gradient is None else torch.nan_to_num(gradient, 0.0, 0.0, 0.0)
             optimizer.step()
             if step >= first:
-                torch._foreach_add_(sums, [parameter.detach() for parameter in self.parameters])
+                for total, parameter in zip(sums, self.parameters, strict=True):
+                    total += parameter.detach()
         self.steps += count
         with torch.no_grad():
             for total, parameter in zip(sums, self.parameters, strict=True):

@@ -72,6 +72,16 @@ def find_modes(posterior: Posterior, *, starts: int = 48) -> Modes:
     Source: the climbs and weights follow no one paper; for importance sampling around modes see Lu Zhang, Bob
     Carpenter, Andrew Gelman, Aki Vehtari, "Pathfinder: Parallel Quasi-Newton Variational Inference", 2022,
     arXiv:2108.03782.
+
+    Example:
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from pyro_guides import AmortizedGuide, find_modes
+        >>> def model(x):
+        ...     with pyro.plate("row", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z.abs(), 0.3), obs=x)  # which sign had z?
+        >>> find_modes(AmortizedGuide(model).posterior(torch.tensor([1.5])), starts=24).count
+        tensor([2])
     """
     arguments.count("starts", starts, least=6)
     query = posterior.query.remembering()

@@ -12,7 +12,7 @@ from pyro.infer import SVI, Trace_ELBO
 from scipy import stats
 from torch import nn
 
-import pyro_guides.posterior.sampling as sampling_module
+import pyro_guides.posterior.query as query_module
 from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, optim
 
 NOISE = 0.6
@@ -201,7 +201,7 @@ def trained(name, family=None, steps=30):
 def test_shapes_and_densities(name, family, chunk, monkeypatch):
     """Natural shapes, log q as the guide says, log p as one call of the model says, chunked or not."""
     if chunk is not None:
-        monkeypatch.setattr(sampling_module, "_VALUES_PER_PASS", chunk)
+        monkeypatch.setattr(query_module, "_VALUES_PER_PASS", chunk)
     guide, x = trained(name, family)
     model, _, shapes, density = SHAPES[name]
     posterior = guide.posterior(x, num_draws=23)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_guides.diagnostics.landscape import Landscape, StudentT, triangular_root
 from pyro_guides.posterior import Posterior
+from pyro_guides.posterior.sampling import take
 from pyro_guides.posterior.weighing import smoothed
 
 __all__ = ["tight_bound"]
@@ -43,7 +44,7 @@ def tight_bound(posterior: Posterior) -> tuple[Tensor, Tensor]:
         u = fitted.sample(count)
         log_weights = landscape.log_prob(u) - fitted.log_prob(u)
     fitted = _fit(u, log_weights)
-    own, other = landscape.pack(query.draws_of(query.run(count))), fitted.sample(count)
+    own, other = landscape.pack(take(query, count).draws), fitted.sample(count)
     both = torch.cat([own, other])
     mixture = torch.logaddexp(landscape.log_q(both), fitted.log_prob(both)) - math.log(2.0)
     weights = (landscape.log_prob(both) - mixture).double()

@@ -71,7 +71,11 @@ class Landscape:
     def log_q(self, u: Tensor) -> Tensor:
         """Log q(u) per row."""
         values, jacobian = self._constrained(u)
-        return _finite(self.query.log_q_of(self.query.run(len(u), values)) + jacobian)
+        parts = []
+        for some in self.query.passes(len(u)):
+            own = {name: value[some] for name, value in values.items()}
+            parts.append(self.query.log_q_of(self.query.run(some.stop - some.start, own)))
+        return _finite(torch.cat(parts) + jacobian)
 
     def gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Log p(x, u) per row and its gradient."""

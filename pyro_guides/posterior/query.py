@@ -6,7 +6,7 @@ Runs the guide for many draws side by side, and sums densities row by row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast, final
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Query"]
 
 _DRAWS = "_posterior_draws"
+_VALUES_PER_PASS = 500_000  # bounds the memory of one run; measured in latent values
 
 
 @final
@@ -168,6 +169,13 @@ class Query:
         draws = pyro.plate(_DRAWS, count, dim=-self.structure.depth - 1)
         with self.guide.network.evaluated(), poutine.block(), draws:
             return poutine.trace(guide).get_trace()
+
+    def passes(self, count: int) -> Iterator[slice]:
+        """Draws in portions that bound the memory of one run."""
+        size = sum(math.prod(self.natural_shape(latent)) for latent in self.latents.values())
+        most = max(1, _VALUES_PER_PASS // max(1, size))
+        for start in range(0, count, most):
+            yield slice(start, min(start + most, count))
 
     def draws_of(self, trace: Trace) -> dict[str, Tensor]:
         """What a run drew, ``(S, *natural shape)``."""

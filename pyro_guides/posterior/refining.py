@@ -253,9 +253,13 @@ def _log_weights(query: Query, count: int, state: Tensor) -> Tensor:
     """Log weights of rows, ``(S, *rows)``, by the random numbers that follow a given state."""
     elsewhere = torch.get_rng_state()
     torch.set_rng_state(state)
-    trace = query.run(count)
+    parts = []
+    for some in query.passes(count):
+        trace = query.run(some.stop - some.start)
+        parts.append((query.draws_of(trace), query.log_q_of(trace, query.inner_plates)))
     if not torch.equal(state, elsewhere):
         torch.set_rng_state(elsewhere)
-    log_q = query.log_q_of(trace, query.inner_plates)
-    log_p = query.by_row(query.model.score(query.draws_of(trace), query.held).log_prob, query.inner_plates)
+    draws = {name: torch.cat([own[name] for own, _ in parts]) for name in query.latents}
+    log_q = torch.cat([log_q for _, log_q in parts])
+    log_p = query.by_row(query.model.score(draws, query.held).log_prob, query.inner_plates)
     return log_p - log_q

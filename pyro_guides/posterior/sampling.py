@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -13,8 +12,6 @@ from torch import Tensor
 from pyro_guides.posterior.query import Query
 
 __all__ = ["Sample", "take"]
-
-_VALUES_PER_PASS = 500_000  # bounds the memory of one pass; measured in latent values
 
 
 @final
@@ -34,7 +31,7 @@ class Sample:
 
 
 @torch.no_grad()
-def take(query: Query, num_draws: int, shared: Mapping[str, Tensor] | None) -> Sample:
+def take(query: Query, num_draws: int, shared: Mapping[str, Tensor] | None = None) -> Sample:
     """Draw from q.
 
     Args:
@@ -42,13 +39,10 @@ def take(query: Query, num_draws: int, shared: Mapping[str, Tensor] | None) -> S
         num_draws: S.
         shared: draws of what rows share, if these are there already; rows are then scored on their own, too.
     """
-    size = sum(math.prod(query.natural_shape(latent)) for latent in query.latents.values())
-    most = max(1, _VALUES_PER_PASS // max(1, size))
     draws: list[dict[str, Tensor]] = []
     log_q, of_rows = [], []
-    for start in range(0, num_draws, most):
-        some = slice(start, min(start + most, num_draws))
-        trace = query.run(some.stop - start, {name: x[some] for name, x in (shared or {}).items()})
+    for some in query.passes(num_draws):
+        trace = query.run(some.stop - some.start, {name: x[some] for name, x in (shared or {}).items()})
         draws.append(query.draws_of(trace))
         log_q.append(query.log_q_of(trace))
         if shared and not query.row_plates:

@@ -278,13 +278,13 @@ def test_refinement_removes_the_gap_of_a_small_encoder(digits):
     module, train, test = digits
     pyro.set_rng_seed(0)
     model = module.DecoderModel(train.shape[1])
-    large = module.train(model, FullRankNormal(), train, 1500)
+    large = module.train(model, FullRankNormal(), train, 1000)
     model.requires_grad_(False).train(False)
     small = AmortizedGuide(model, MLP(width=8, depth=1), FullRankNormal()).setup(train)
     svi = SVI(model, small, optim.Adam({"lr": 1e-2}), Trace_ELBO())
     for _ in range(500):
         svi.step(train[torch.randint(len(train), (128,))])
-    rows = test[:100]
+    rows = test[:50]
     posterior = small.posterior(rows, num_draws=1000)
     report = check(posterior, modes=False)
     amortization, family = (float(report.columns[name].mean()) for name in ("amortization_gap", "family_gap"))

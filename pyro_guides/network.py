@@ -173,9 +173,7 @@ class Network(nn.Module):
         blocked = self.parts[index].group.discrete or not torch.is_grad_enabled()
         twin = None if blocked else _twin(head, parameters, context, upstream, indices)
         key, prediction, control = str(index), None, None
-        if (
-            change is None and key in self.controls
-        ):  # they learn from costs, and a refinement leaves all as it is
+        if change is None and key in self.controls:  # a refinement teaches them nothing
             control = cast("ControlVariate", self.controls[key])
             if key in self.predictors and torch.is_grad_enabled():
                 blind = (x.detach() if isinstance(x, Tensor) else x for x in inputs)  # to what it could teach

@@ -165,9 +165,8 @@ class ModelCall:
 
         first = run(*draw(inputs, 0))
         sites: dict[str, Any] = {name: site for name, site in first.nodes.items() if _is_random(site)}
-        new = [
-            n for n in sites if n not in draws and n not in held and sites[n]["value"].numel()
-        ]  # no factors
+        given = {*draws, *held}
+        new = [name for name in sites if name not in given and sites[name]["value"].numel()]  # no factors
 
         def values(*own: Any) -> PerSite:
             nodes = run(*own).nodes

@@ -44,11 +44,9 @@ def shared_log_weights(posterior: Posterior) -> Tensor:
     for start in range(0, count, at_once):
         some = {name: x[start : start + at_once].repeat_interleave(_INNER, 0) for name, x in draws.items()}
         trace = query.run(len(some[shared[0]]), some)
-        trace.compute_log_prob()
-        log_q = {name: trace.nodes[name]["log_prob"] for name in query.latents}
         log_p = query.model.score({**query.draws_of(trace), **some}, query.held).log_prob
-        joint = query.by_row(log_p) - query.by_row(log_q)
-        own = query.by_row(log_p, query.inner_plates) - query.by_row(log_q, query.inner_plates)
+        joint = query.by_row(log_p) - query.log_q_of(trace)
+        own = query.by_row(log_p, query.inner_plates) - query.log_q_of(trace, query.inner_plates)
         scale = query.scale_of_row(query.inner_plates) / query.scale_of_row()
         outside = joint - scale * own.flatten(1).sum(-1)
         within = own.unflatten(0, (-1, _INNER)).logsumexp(1) - math.log(_INNER)

@@ -82,7 +82,5 @@ def loo(posterior: Posterior) -> Loo:
 def _broadcast_weights(posterior: Posterior, name: str, likelihood: Tensor) -> Tensor:
     """Log weights of the row that each observation lies in, ``(S, ...)``."""
     query = posterior.query
-    shape = [1] * (likelihood.dim() - 1)
-    for plate in query.structure.plates_of(query.row_plates):
-        shape[plate.dim] = plate.batch
+    shape = query.rows_in(likelihood.dim() - 1, query.row_plates)
     return posterior.log_weights.reshape(posterior.num_draws, *shape)

@@ -280,6 +280,13 @@ class Query:
         """The shape that a latent has in the model itself."""
         return self.structure.batch_shape(latent.plates) + latent.event_shape
 
+    def rows_in(self, dims: int, plates: Collection[str], event_dim: int = 0) -> list[int]:
+        """A shape of so many dimensions with the rows where their plates are, and ones elsewhere."""
+        shape = [1] * dims
+        for plate in self.structure.plates_of(plates):
+            shape[plate.dim - event_dim] = plate.batch
+        return shape
+
     def single(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """A given value of one draw, in its natural shape."""
         value = self.checked(name, values)

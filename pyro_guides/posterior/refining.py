@@ -231,10 +231,7 @@ class _Probe(nn.Module):
 
 def _keep_where(query: Query, better: Tensor, refinement: Refinement, start: Refinement) -> None:
     """Go back to the start where that was better, ``(*rows)``."""
-    shape = [1] * query.structure.depth
-    for plate in query.structure.plates_of(query.inner_plates):
-        shape[plate.dim] = plate.batch
-    rows = better.reshape(shape)
+    rows = better.reshape(query.rows_in(query.structure.depth, query.inner_plates))
     pairs = zip(refinement.changes, start.changes, strict=True)
     for change, other in cast("Iterator[tuple[Change, Change]]", pairs):
         batch_dim = change.unit.dim() - 1

@@ -100,9 +100,7 @@ def resample(posterior: Posterior, num_draws: int | None) -> Posterior:
 def _pick(posterior: Posterior, name: str, draws: Tensor, chosen: Tensor) -> Tensor:
     """Each row's chosen draws of one latent; ``chosen`` is ``(S, *row plates)``."""
     query = posterior.query
-    latent = query.structure.latents[name]
-    shape = [1] * (draws.dim() - 1)
-    for plate in query.structure.plates_of(query.row_plates):
-        shape[plate.dim - len(latent.event_shape)] = plate.batch
+    event_dim = len(query.structure.latents[name].event_shape)
+    shape = query.rows_in(draws.dim() - 1, query.row_plates, event_dim)
     index = chosen.reshape(len(chosen), *shape).expand(len(chosen), *draws.shape[1:])
     return draws.gather(0, index)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, final
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoGuide, init_to_median
+from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
+from pyro_guides import saving
 from pyro_guides.calls import Call
 from pyro_guides.families import Family, FullRankNormal
 from pyro_guides.inputs import accepts, with_observations
-from pyro_guides.naming import announce, unique_name
-from pyro_guides.network import Network
+from pyro_guides.module import GuideModule
+from pyro_guides.naming import announce
 from pyro_guides.planning import Plan, build
 from pyro_guides.plates import differ, open_plates, subsample_indices, user_plates
 from pyro_guides.promotion import promote
 from pyro_guides.structure import Memory, Structure
-from pyro_guides.structure.memory import require
 
 if TYPE_CHECKING:
     from pyro_guides.posterior import Posterior
@@ -30,7 +30,7 @@ __all__ = ["AmortizedGuide"]
 
 
 @final
-class AmortizedGuide(AutoGuide):
+class AmortizedGuide(GuideModule):
     r"""A posterior q(z | x) for any Pyro model, with a neural encoder.
 
     Reads the model, groups its latents by their plates, and gives each group a family q(u; λ) over its
@@ -114,8 +114,7 @@ class AmortizedGuide(AutoGuide):
                 raise TypeError(f"{label} must be a function, got {function!r}")
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a string, got {name!r}")
-        super().__init__(model, create_plates=create_plates)
-        self._plan = Plan(
+        plan = Plan(
             encoder=encoder,
             family=FullRankNormal() if family is None else family,
             inputs=inputs,
@@ -126,37 +125,14 @@ class AmortizedGuide(AutoGuide):
             init_loc_fn=init_loc_fn,
             init_scale=init_scale,
         )
-        self._store_name = unique_name(name)
-        self._memory: Memory | None = None
-        self._start = 0.0  # what tells whether parameters have moved
+        super().__init__(model, plan, create_plates, name)
 
     # --- life cycle
-
-    @property
-    def network(self) -> Network:
-        """The trainable part of the guide, once it is set up."""
-        network = self._modules.get("network")
-        if network is None:
-            raise RuntimeError(
-                "the guide has no parameters yet: call guide.setup(*args) with the model's arguments "
-                "(or the guide itself) first"
-            )
-        return cast("Network", network)
 
     @property
     def families(self) -> tuple[Family, ...]:
         """The family of each group, once the guide is set up."""
         return tuple(part.family for part in self.network.parts)
-
-    @property
-    def is_set_up(self) -> bool:
-        """Whether the guide has read its model and built its parameters."""
-        return "network" in self._modules
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether parameters have moved since the guide was set up."""
-        return self.network.fingerprint() != self._start
 
     def setup(self, *args: Any, **kwargs: Any) -> AmortizedGuide:
         """Read the model and build all parameters; the first call of the guide does it too.
@@ -173,9 +149,7 @@ class AmortizedGuide(AutoGuide):
         memory = Memory(self.model, args, kwargs, structure, network.stems, network.masked)
         if self.master is not None:
             self._setup_prototype(*args, **kwargs)  # the list checks that its parts agree
-        self._memory = memory
-        self._modules["network"] = network if self.training else network.eval()
-        self._start = network.fingerprint()
+        self._take(network if self.training else network.eval(), memory, network.fingerprint())
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -229,6 +203,85 @@ class AmortizedGuide(AutoGuide):
         _ = self.network  # says what to do if the guide is not set up
         guide = copy.deepcopy(self)
         promote(guide.network, family, only_new=only_new)
+        return guide
+
+    # --- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the guide to a file, which :meth:`load` reads: an ordinary safetensors file, without pickle.
+
+        It holds the network and what the guide knows of its model, with a checksum, and replaces an earlier
+        file in one step: a crash leaves the old one or the new one. Parameters of the model itself, such as a
+        decoder's, are not in it; keep their ``state_dict()``.
+
+        Args:
+            path: where to.
+
+        Raises:
+            RuntimeError: the guide is not set up.
+            OSError: the file cannot be written; an earlier one is unchanged.
+            TypeError: the guide holds what no file can hold: a family of your own, or a :class:`ZukoFlow`.
+        """
+        network, memory = self.network, self._require_memory()
+        saving.save(
+            path,
+            saving.Contents(network, self._plan, memory, self.create_plates, self._start, self.training),
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Callable[..., Any],
+        *,
+        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
+        create_plates: Callable[..., Any] | None = None,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> AmortizedGuide:
+        """The guide that :meth:`save` wrote: it answers, trains on and is saved again as the one before.
+
+        A file holds no code. What was yours - an encoder of your own class, functions - is given again, in
+        the form in which the guide was made; an encoder takes over the state it had. Encoders of this
+        package and those built from ``torch.nn`` alone are in the file.
+
+        Args:
+            path: the file.
+            model: the model that the guide was made for; the first call checks its latents.
+            encoder: your own encoders, if there were any.
+            inputs: your functions of the model's arguments, if there were any.
+            create_plates: your function of that name, if there was one.
+            name: as for a new guide.
+            device: where its parameters go.
+
+        Raises:
+            UnreadableFileError: the file is damaged, holds something else, or is of a newer version; a
+                ``ValueError`` of :mod:`pyro_guides.storage`.
+            OSError: there is no such file, or it may not be read.
+            TypeError: an encoder or a function is missing, or is not needed.
+            ValueError: the state of an encoder of your own does not fit it.
+
+        Example:
+            >>> import pathlib, pyro, tempfile, torch
+            >>> import pyro.distributions as dist
+            >>> from pyro_guides import AmortizedGuide
+            >>> def model(x):
+            ...     with pyro.plate("data", len(x)):
+            ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+            >>> x = torch.randn(5)
+            >>> guide = AmortizedGuide(model).setup(x)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     guide.save(pathlib.Path(folder, "guide.safetensors"))
+            ...     loaded = AmortizedGuide.load(pathlib.Path(folder, "guide.safetensors"), model)
+            >>> torch.equal(loaded.median(x)["z"], guide.median(x)["z"])
+            True
+        """
+        found = saving.load(path, encoder, inputs, create_plates, device)
+        guide = cls(model, create_plates=found.create_plates, name=name)
+        guide._plan, guide.training = found.plan, found.training
+        guide._take(found.network, found.memory, found.start)
         return guide
 
     # --- what the posterior is for given data
@@ -334,66 +387,3 @@ class AmortizedGuide(AutoGuide):
         structure = memory.structure(self._known_model, args, kwargs, complete=complete)
         self.network.check_learned(structure)
         return structure
-
-    # --- copies, files and modules
-
-    @property
-    def model(self) -> Callable[..., Any]:
-        """The model; a guide that was unpickled needs it set again."""
-        return require(self._known_model)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "model":  # not a submodule, even if it is a module
-            object.__setattr__(self, "_model", (value,))
-        else:
-            super().__setattr__(name, value)
-
-    @property
-    def _known_model(self) -> Callable[..., Any] | None:
-        return self._model[0] if self._model else None
-
-    def _require_memory(self) -> Memory:
-        _ = self.network  # says what to do if the guide is not set up
-        return cast("Memory", self._memory)
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As any module's; before :meth:`setup` there are none, and asking is a mistake.
-
-        Raises:
-            RuntimeError: the guide is not set up, so that an optimizer would miss its parameters.
-        """
-        _ = self.network
-        return super().named_parameters(prefix, recurse, remove_duplicate)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As any module's, once the guide is set up."""
-        _ = self.network
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As any module's, once the guide is set up."""
-        _ = self.network
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The guide without its model, which may not be picklable, and without its list."""
-        for parameter in super().parameters() if self.is_set_up else ():
-            # Pyro's store hangs a weak reference on every tensor it hands out, anew at each access.
-            vars(parameter).pop("unconstrained", None)
-        # Where q started is of no use any more, and may be a function that cannot be pickled.
-        plan = replace(self._plan, init_loc_fn=init_to_median) if self.is_set_up else self._plan
-        return {**self.__dict__, "_model": None, "master": None, "_plan": plan}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        object.__setattr__(self, "_store_name", unique_name())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AmortizedGuide:
-        """A guide of the same model with parameters of its own, under a name of its own."""
-        clone = self.__class__.__new__(self.__class__)
-        memo[id(self)] = clone
-        clone.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        object.__setattr__(clone, "_model", self._model)
-        return clone

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, final
 
 from torch import Tensor
+from torch.distributions.constraints import Constraint, independent
 
 from pyro_guides.structure.changes import signature
 from pyro_guides.structure.dependencies import live_sites
-from pyro_guides.structure.description import Structure
+from pyro_guides.structure.description import Latent, Structure
 from pyro_guides.structure.numbering import numbered
 from pyro_guides.structure.reading import read
 
@@ -47,6 +49,8 @@ class Memory:
         self._masked: set[str] = set()  # those that were, and so must be met in every reading
         self.latents = tuple(structure.latents)
         self.observed = frozenset(structure.observed)
+        self._kinds = {self._title(name): _kind(latent) for name, latent in structure.latents.items()}
+        self._has_met_model = True  # not so in a guide that was loaded: its model may be another one
         changeable = not all(latent.fixed for latent in structure.latents.values())
         several = len(self.latents) > 1
         self._live = live_sites(model, args, kwargs) if several and changeable else frozenset[str]()
@@ -59,6 +63,13 @@ class Memory:
         """Whether a site was a latent when the guide was set up, or goes on with its numbers."""
         run = numbered(name)
         return name in self.latents or (run is not None and run[0] in self.stems)
+
+    def without_structures(self) -> Memory:
+        """The same for a file: what was read is read, and the model compared with its latents, anew."""
+        new = copy.copy(self)
+        new._known = OrderedDict()
+        new._has_met_model = False
+        return new
 
     def is_live(self, name: str) -> bool:
         """Whether a latent's support, mask or scale is computed from other latents."""
@@ -128,12 +139,55 @@ class Memory:
         while len(self._known) > _CAPACITY:
             self._known.popitem(last=False)
 
+    def _title(self, name: str) -> str:
+        run = numbered(name)
+        return run[0] if run is not None and run[0] in self.stems else name
+
     def _check(self, structure: Structure) -> None:
+        if not self._has_met_model:
+            self._meet(structure)
         if new := [name for name in structure.latents if not self.knows(name) and name not in self.observed]:
             raise ValueError(
                 f"this call of the model samples the latents {new}, which were not there when the "
                 "guide was set up; set it up with arguments that reach all latents"
             )
+
+    def _meet(self, structure: Structure) -> None:
+        """Compare the model with the one that the guide was set up for.
+
+        Raises:
+            ValueError: it has other latents, or the same in other plates or on other supports.
+        """
+        seen = {self._title(name): _kind(latent) for name, latent in structure.latents.items()}
+        observed = {self._title(name) for name in structure.observed}
+        differences = [
+            *(f"'{name}' is missing" for name in self._kinds if name not in {*seen, *observed}),
+            *(f"'{name}' is new" for name in seen if name not in self._kinds),
+            *(
+                f"'{name}' is {kind}, not {self._kinds[name]}"
+                for name, kind in seen.items()
+                if kind != self._kinds.get(name, kind)
+            ),
+        ]
+        if differences:
+            raise ValueError(
+                "this is not the model that the guide was saved for, or this call does not reach all of its "
+                f"latents, as the first call of a loaded guide must: {'; '.join(differences)}"
+            )
+        self._has_met_model = True
+
+
+def _kind(latent: Latent) -> str:
+    """What does not change from call to call: plates, event shape, and what kind of support."""
+    shape, plates = tuple(latent.event_shape), list(latent.plates)
+    return f"a {_support(latent.support)} of event shape {shape} in the plates {plates}"
+
+
+def _support(support: Constraint) -> str:
+    """The kind of a support, whatever its bounds."""
+    while isinstance(support, independent):
+        support = support.base_constraint
+    return type(support).__name__.strip("_")
 
 
 def require(model: Model | None) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast, final
 
@@ -22,6 +23,7 @@ from pyro_guides.enumeration import is_enumerating
 from pyro_guides.families import BoundDiscrete
 from pyro_guides.groups import Group, Masks, masks, piece
 from pyro_guides.network import Frame, Network, step_names
+from pyro_guides.particles import are_drawn_once, are_weighed
 from pyro_guides.plates import subsample_indices
 from pyro_guides.refinement import Refinement
 from pyro_guides.structure import Structure, is_one, outer_dims
@@ -259,10 +261,15 @@ class Call:
             self._encode(encoding).at(turn.step) for encoding in self.network.parts[turn.part].encodings
         ]
         context = joined(contexts) if contexts else None
-        values = [None if at is None else self._u[at] for at in self._upstream_turns(turn)]
-        upstream = self.network.upstream(turn.part, values, self.structure.plates, self._frame)
+        before = self._upstream_turns(turn)
+        values = [None if at is None else self._u[at] for at in before]
+        weighed = are_weighed(turn.group.plates)
+        shared = [weighed and at is not None and are_drawn_once(self.turns[at].group.plates) for at in before]
+        upstream = self.network.upstream(turn.part, values, self.structure.plates, self._frame, shared)
         change = self.refinement.get(turn.part, turn.step) if self.refinement is not None else None
-        return self.network.conditional(turn, context, upstream, self.indices, change)
+        conditional = self.network.conditional(turn, context, upstream, self.indices, change)
+        # Particles that weigh against each other share their costs: their mean is no control of one's score.
+        return replace(conditional, control=None, prediction=None) if weighed else conditional
 
     def _encode(self, encoding: Encoding) -> Contexts:
         """The contexts of this call, from one pass of the encoder."""

@@ -186,6 +186,7 @@ class Network(nn.Module):
         values: Sequence[Tensor | None],
         plates: Mapping[str, Plate],
         frame: Callable[[int], Frame | None],
+        shared: Sequence[bool] = (),
     ) -> Upstream:
         """What λ of one group sees of earlier groups.
 
@@ -198,6 +199,8 @@ class Network(nn.Module):
                 None for what this call does not have, which is taken at its origin.
             plates: this call's plates.
             frame: the location and spread of a group, by position, if it is to be seen in these units.
+            shared: whether each of the values is one that many particles share; λ of these is a parameter
+                like any other, so that there is no path through the shared draw.
         """
         if not values:
             return Upstream(None, None)
@@ -219,6 +222,8 @@ class Network(nn.Module):
                 location, spread = units
                 pieces.append((u - location) / spread)
                 paths.append((u - location.detach()) / spread.detach())
+            if shared and shared[len(paths) - 1]:
+                paths[-1] = paths[-1].detach()
             start += width
         if links.previous:  # says whether this is the first step
             first = all(u is None for u in values[len(links.upstream) :])

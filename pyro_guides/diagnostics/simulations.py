@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from pyro_guides.inputs import with_observations
-from pyro_guides.inputs.given import unpack
+from pyro_guides.simulating import as_argument, check_reach
 from pyro_guides.structure import Latent, Observed
 
 if TYPE_CHECKING:
@@ -98,7 +97,10 @@ def simulate(query: Query, rows: int) -> Simulated:
     count = math.ceil(rows / per_set)
     more = min(count, math.ceil(_LIBRARY / per_set))
     values = query.model.simulate({}, query.held, count=count + more).values
-    data = {name: _data(query, name, values.get(name)) for name in query.structure.observed}
+    data = {
+        name: as_argument(query.structure, query.args, query.kwargs, name, values.get(name))
+        for name in query.structure.observed
+    }
     _check_reach(query, {name: value[0] for name, value in data.items()})
     seen, library = _features(query, data, (count + more) * per_set).tensor_split([count * per_set])
     nearest = [torch.cdist(some, library[:_LIBRARY]).argmin(-1) for some in seen.split(4096)]
@@ -110,48 +112,9 @@ def simulate(query: Query, rows: int) -> Simulated:
     )
 
 
-def _data(query: Query, name: str, value: Tensor | None) -> Tensor:
-    """What an observed site has drawn, in the dtype of the argument whose place it takes."""
-    argument = query.structure.observed[name].argument
-    if value is None:
-        raise ValueError(
-            f"the factor '{name}' weighs latents but draws nothing, so the model cannot simulate what it "
-            "describes; write the factor as a prior or as an observed site"
-        )
-    if argument is None:
-        raise ValueError(
-            f"observed site '{name}' is computed from the model's arguments, so simulated data cannot take "
-            "its place; pass its value to the model and on to obs= unchanged"
-        )
-    real = query.args[argument] if isinstance(argument, int) else query.kwargs[argument]
-    if value.shape[1:] != real.shape:
-        raise ValueError(
-            f"the model draws '{name}' in shape {tuple(value.shape[1:])}, but is given it in shape "
-            f"{tuple(real.shape)}; give it in the shape of the site"
-        )
-    if not bool(value.isfinite().all()):
-        bad = int((~value.isfinite()).reshape(len(value), -1).any(1).sum())
-        raise ValueError(
-            f"'{name}' holds NaN or infinity in {bad} of {len(value)} simulated data sets; take priors with "
-            "lighter tails"
-        )
-    return value.to(real.dtype)
-
-
 def _check_reach(query: Query, data: PerSite) -> None:
-    """Raise a ValueError if encoders read the same whatever is simulated."""
-    args, kwargs = with_observations(query.structure, query.args, query.kwargs, data)
     sources = {encoding.source for part in query.guide.network.parts for encoding in part.encodings}
-    for source in sources:
-        now = unpack(source.get(*args, **kwargs), source.label).tensors
-        before = unpack(source.get(*query.args, **query.kwargs), source.label).tensors
-        if any(not torch.equal(now[key], before[key]) for key in before):
-            return
-    labels = sorted({source.label for source in sources})
-    raise ValueError(
-        f"the encoders read {', '.join(labels)}, which simulated values of {sorted(data)} do not reach; let "
-        "inputs=... compute what they read from the observed arguments"
-    )
+    check_reach(sources, query.structure, query.args, query.kwargs, data)
 
 
 def _features(query: Query, data: PerSite, count: int) -> Tensor:

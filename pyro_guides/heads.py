@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 from pyro_guides.layers import ScaledLinear
 
-__all__ = ["AmortizedHead", "Head", "LearnedHead", "PromotedHead", "held_fixed"]
+__all__ = ["AmortizedHead", "Head", "LearnedHead", "PromotedHead", "WhitenedHead", "held_fixed"]
 
 _MIXING_WIDTH = 128
 _EMBEDDING_SIZE = 16
@@ -78,10 +78,10 @@ class LearnedHead(Head):
 
     def forward(self, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
         """λ, ``(*batch, W)``, from upstream values ``(..., V)``."""
-        bias = self._take(self.bias, 1, indices)
+        bias = _taken(self.bias, 1, self.dims, indices)
         if self.weight is None or upstream is None:
             return bias
-        weight = self._take(self.weight, 2, indices)
+        weight = _taken(self.weight, 2, self.dims, indices)
         return bias + (weight @ (upstream - self.origin).unsqueeze(-1)).squeeze(-1)
 
     @property
@@ -93,13 +93,6 @@ class LearnedHead(Head):
 
     def example(self) -> Tensor:
         return self.bias.detach()
-
-    def _take(self, parameter: Tensor, event_dim: int, indices: Mapping[str, Tensor]) -> Tensor:
-        for name, dim in self.dims.items():
-            if name in indices:
-                index = indices[name].to(parameter.device)
-                parameter = parameter.index_select(dim - event_dim, index)
-        return parameter
 
 
 @final
@@ -240,10 +233,77 @@ class PromotedHead(Head):
             return converted + self.change.example()
 
 
+@final
+class WhitenedHead(Head):
+    r"""λ of :math:`u = a + L v` from the λ that a learned head has for v.
+
+    What is learned is the distribution of v, whose values are about zero and as wide as one. q is what its λ
+    says in either coordinates; only an optimizer's steps are others, in units of L.
+
+    Args:
+        inner: a head of learned λ of v.
+        moving: from λ of v, a and L to λ of u.
+        loc: a, ``(*batch of full size, D)``.
+        scale: L, ``(*batch of full size, D)`` if diagonal, else lower triangular with one more D.
+        dims: the dimension of each plate, by name.
+    """
+
+    def __init__(
+        self, inner: Head, moving: nn.Module, loc: Tensor, scale: Tensor, dims: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.inner = inner
+        self.moving = moving
+        self.dims = dict(dims)
+        self.learned_shape = inner.learned_shape
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+        self.loc: Tensor
+        self.scale: Tensor
+
+    def forward(self, upstream: Tensor | None, indices: Mapping[str, Tensor]) -> Tensor:
+        """λ of u, ``(*batch, W)``, from upstream values ``(..., V)``."""
+        loc = _taken(self.loc, 1, self.dims, indices)
+        scale = _taken(self.scale, 1 + self.scale.dim() - self.loc.dim(), self.dims, indices)
+        moved: Tensor = self.moving(self.inner(upstream, indices), loc, scale)
+        return moved
+
+    def around(self, inner: Head, moving: nn.Module) -> WhitenedHead:
+        """The same coordinates for another head of v."""
+        return WhitenedHead(inner, moving, self.loc, self.scale, self.dims)
+
+    def suits(self, closed_under: str | None) -> bool:
+        """Whether L is among the maps under which a family is closed."""
+        diagonal = self.scale.dim() == self.loc.dim()
+        return closed_under == "triangular" or (closed_under == "diagonal" and diagonal)
+
+    @property
+    def start(self) -> Tensor:
+        return self.inner.start
+
+    def like(self, width: int) -> Head:
+        return self.inner.like(width)
+
+    def example(self) -> Tensor:
+        with torch.no_grad():
+            moved: Tensor = self.moving(self.inner.example(), self.loc, self.scale)
+            return moved
+
+
 def held_fixed(head: nn.Module, *args: Any) -> Tensor:
     """What ``head`` returns, without a gradient path to its parameters."""
     fixed = {name: value.detach() for name, value in head.named_parameters()}
     return functional_call(head, fixed, args)
+
+
+def _taken(
+    parameter: Tensor, event_dim: int, dims: Mapping[str, int], indices: Mapping[str, Tensor]
+) -> Tensor:
+    """The elements of plates that a subsample asks for."""
+    for name, dim in dims.items():
+        if name in indices:
+            parameter = parameter.index_select(dim - event_dim, indices[name].to(parameter.device))
+    return parameter
 
 
 def _broadcast(tensors: Sequence[Tensor]) -> list[Tensor]:

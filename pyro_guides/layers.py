@@ -38,9 +38,16 @@ class ScaledLinear(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, zero: bool = False, **options: Any) -> None:
         super().__init__()
         self.gain = min(1.0, _GAIN / math.sqrt(inputs))
-        bound = 0.0 if zero else 1.0 / (math.sqrt(inputs) * self.gain)
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, **options).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(outputs, **options))
+        self.bound = 0.0 if zero else 1.0 / (math.sqrt(inputs) * self.gain)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **options))
+        self.bias = nn.Parameter(torch.empty(outputs, **options))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, and the bias zero, as torch's layers do."""
+        self.weight.uniform_(-self.bound, self.bound)
+        self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         # The gain goes where there is less to multiply.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_guides.controls import add_control
 from pyro_guides.families import BoundFamily, Family
-from pyro_guides.heads import PromotedHead
+from pyro_guides.heads import Head, PromotedHead, WhitenedHead
 from pyro_guides.network import Network
 from pyro_guides.planning import bind, family_for
 
@@ -49,15 +49,22 @@ def _promote(network: Network, index: int, family: Family) -> None:
     bias = next(head.parameters())
     new = bind(family, part.group, part.alphabet).to(bias.device, bias.dtype)
     try:
-        width = new.adopt(old, head.example()).shape[-1]
+        new.adopt(old, head.example())
     except ValueError as error:
         raise ValueError(f"{part.group} cannot be promoted from {part.family} to {family}: {error}") from None
-    network.heads[index] = PromotedHead(head, _Conversion(old, new), head.like(width))
+    network.heads[index] = _promoted(head, old, new)
     network.families[index] = new
     network.parts = tuple(
         replace(other, family=family) if other is part else other for other in network.parts
     )
     add_control(network, index)
+
+
+def _promoted(head: Head, old: BoundFamily, new: BoundFamily) -> Head:
+    """A head for the new family's λ; in the coordinates that the old one is learned in, if that can be."""
+    if isinstance(head, WhitenedHead) and head.suits(new.closed_under):
+        return head.around(_promoted(head.inner, old, new), new.moving)
+    return PromotedHead(head, _Conversion(old, new), head.like(new.width))
 
 
 @final

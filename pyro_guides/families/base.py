@@ -10,17 +10,30 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from pyro_guides.distributions import VectorDistribution
 
-__all__ = ["BASELINES", "Baseline", "BoundFamily", "Family", "check_choice", "check_count", "check_flags"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BoundFamily",
+    "Family",
+    "Maps",
+    "Moving",
+    "check_choice",
+    "check_count",
+    "check_flags",
+]
 
 # What takes the noise out of a score function, where a family has one.
 Baseline = Literal["auto", "amortized", "leave_one_out", "running_mean"] | None
 BASELINES = ("auto", "amortized", "leave_one_out", "running_mean", None)
+# Matrices L for which v -> a + L v turns a family's distributions into its own.
+Maps = Literal["triangular", "diagonal"] | None
 
 
 class Family(ABC):
@@ -44,6 +57,8 @@ class BoundFamily(nn.Module, ABC):
         has_quantiles: whether the distribution has ``quantile(probability)`` for each element of u.
         baseline: what controls the noise of its score function; None for families without one.
         stratified: whether draws are mixtures' and may be taken component by component.
+        closed_under: the triangular or diagonal matrices L for which v -> a + L v turns distributions of this
+            family into others of it; None if nothing is known of any.
     """
 
     size: int
@@ -52,6 +67,7 @@ class BoundFamily(nn.Module, ABC):
     has_quantiles: bool = False
     baseline: Baseline = None
     stratified: bool = False
+    closed_under: Maps = None
 
     @abstractmethod
     def initial(self, loc: Tensor, scale: float) -> Tensor:
@@ -81,6 +97,21 @@ class BoundFamily(nn.Module, ABC):
         """The marginal of elements ``start:stop`` of u, for factorized families only."""
         raise NotImplementedError(f"{type(self).__name__} does not factorize over u")
 
+    def move(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        r"""λ of :math:`a + L v`, where v has the distribution at ``parameters``; differentiable.
+
+        Args:
+            parameters: λ, ``(..., W)``.
+            loc: a, ``(..., D)``.
+            scale: L, ``(..., D)`` if diagonal, or lower triangular ``(..., D, D)``; its diagonal is positive.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not closed under affine maps")
+
+    @property
+    def moving(self) -> Moving:
+        """What of the family :meth:`move` needs, as a module."""
+        return Moving(self)
+
     def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
         """λ of this family at which q is the one that ``other`` has at ``parameters``.
 
@@ -96,6 +127,25 @@ class BoundFamily(nn.Module, ABC):
             "LowRankNormal and NormalMixture to more ranks and components. For any other family train a new "
             "guide"
         )
+
+
+@final
+class Moving(nn.Module):
+    """From λ of v to λ of a + L v, see :meth:`BoundFamily.move`.
+
+    Args:
+        family: a family of which λ may be the first part; the rest stays as it is.
+    """
+
+    def __init__(self, family: BoundFamily) -> None:
+        super().__init__()
+        self.family = family
+
+    def forward(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        """λ, ``(..., W)``."""
+        own, rest = parameters.tensor_split([self.family.width], dim=-1)
+        moved = self.family.move(own, loc, scale)
+        return torch.cat([moved, rest], dim=-1) if rest.shape[-1] else moved
 
 
 def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any]) -> None:

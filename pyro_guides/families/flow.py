@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_guides.distributions.flow import VectorFlow
 from pyro_guides.distributions.normal import VectorNormal
-from pyro_guides.families.base import BoundFamily, Family, check_choice, check_count, check_flags
+from pyro_guides.families.base import BoundFamily, Family, Moving, check_choice, check_count, check_flags
 from pyro_guides.families.couplings import KINDS, CouplingFlow
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 
@@ -97,6 +97,11 @@ class BoundAround(BoundFamily):
         self.width = base.width + context_size
         self.stick_the_landing = stick_the_landing
         self.base = base
+        self.closed_under = base.closed_under
+
+    @property
+    def moving(self) -> Moving:
+        return self.base.moving  # the flow bends the noise, which does not move
 
     def initial(self, loc: Tensor, scale: float) -> Tensor:
         context = loc.new_zeros(*loc.shape[:-1], self.width - self.base.width)

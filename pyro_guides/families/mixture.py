@@ -110,6 +110,7 @@ class BoundMixture(BoundFamily):
         self.component = component.bind(size)
         self.count = family.components
         self.size = size
+        self.closed_under = self.component.closed_under
         self.learned = family.learn_weights and family.components > 1
         self.width = self.count * (self.component.width + self.learned)
         self.baseline = family.baseline if self.learned else None
@@ -133,6 +134,12 @@ class BoundMixture(BoundFamily):
         return VectorMixture(
             components, logits, learned=self.learned, stick_the_landing=self.stick_the_landing
         )
+
+    def move(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        logits, parts = self._parts_of(self, parameters)
+        each = scale.unsqueeze(-2 if scale.dim() == loc.dim() else -3)
+        moved = self.component.move(parts, loc.unsqueeze(-2), each).flatten(-2)
+        return torch.cat([logits, moved], dim=-1)
 
     def adopt(self, other: BoundFamily, parameters: Tensor) -> Tensor:
         logits, parts = self._parts_of(other, parameters)

@@ -18,7 +18,7 @@ from pyro_guides.distributions import (
     Scale,
     VectorNormal,
 )
-from pyro_guides.families.base import BoundFamily, Family, check_count, check_flags
+from pyro_guides.families.base import BoundFamily, Family, Maps, check_count, check_flags
 
 __all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 
@@ -129,6 +129,7 @@ class _BoundNormal(BoundFamily):
     """λ = (μ, unconstrained scales, couplings); subclasses say what the couplings couple."""
 
     has_quantiles = True
+    closed_under: Maps = "diagonal"
 
     def __init__(self, size: int, couplings: int, *, stick_the_landing: bool) -> None:
         super().__init__()
@@ -145,6 +146,15 @@ class _BoundNormal(BoundFamily):
             return parameters
         return super().adopt(other, parameters)
 
+    def move(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        inner, raw, couplings = self.split(parameters)
+        diagonal = scale * (softplus(raw) + SMALLEST_SCALE)
+        return torch.cat([loc + scale * inner, raw_scale(diagonal), couplings], dim=-1)
+
+    def split(self, parameters: Tensor) -> tuple[Tensor, ...]:
+        """λ as (μ, unconstrained scales, couplings)."""
+        return parameters.split([self.size, self.size, self.width - 2 * self.size], dim=-1)
+
     def initial_couplings(self, loc: Tensor) -> Tensor:
         """Couplings that leave q (nearly) diagonal."""
         return loc.new_zeros(*loc.shape[:-1], self.width - 2 * self.size)
@@ -153,7 +163,7 @@ class _BoundNormal(BoundFamily):
         return torch.cat([loc, raw_scale(torch.full_like(loc, scale)), self.initial_couplings(loc)], dim=-1)
 
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorNormal:
-        loc, raw, couplings = parameters.split([self.size, self.size, self.width - 2 * self.size], dim=-1)
+        loc, raw, couplings = self.split(parameters)
         scale = self.scale(softplus(raw) + SMALLEST_SCALE, couplings, scored)
         return VectorNormal(loc, scale, stick_the_landing=self.stick_the_landing)
 
@@ -185,6 +195,8 @@ class _BoundDiagonal(_BoundNormal):
 
 @final
 class _BoundFullRank(_BoundNormal):
+    closed_under: Maps = "triangular"
+
     def __init__(self, size: int, *, stick_the_landing: bool) -> None:
         super().__init__(size, size * (size - 1) // 2, stick_the_landing=stick_the_landing)
 
@@ -204,11 +216,24 @@ class _BoundFullRank(_BoundNormal):
 
     def _factorized(self, q: VectorNormal) -> Tensor:
         """λ of any normal, by the Cholesky factor of its covariance."""
-        root = torch.linalg.cholesky(q.scale.covariance())
+        return self._from_root(q.loc, torch.linalg.cholesky(q.scale.covariance()))
+
+    def move(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
+        if scale.dim() == loc.dim():
+            return super().move(parameters, loc, scale)
+        inner, raw, couplings = self.split(parameters)
+        diagonal = softplus(raw) + SMALLEST_SCALE
+        strict = CholeskyScale(diagonal, couplings / math.sqrt(self.size)).strict
+        eye = torch.eye(self.size, dtype=strict.dtype, device=strict.device)
+        moved = loc + (scale @ inner.unsqueeze(-1)).squeeze(-1)
+        return self._from_root(moved, scale @ (diagonal.unsqueeze(-1) * (eye + strict)))
+
+    def _from_root(self, loc: Tensor, root: Tensor) -> Tensor:
+        """λ of the normal with a given triangular root of its covariance."""
         diagonal = root.diagonal(dim1=-2, dim2=-1)
         rows, columns = torch.tril_indices(self.size, self.size, offset=-1, device=root.device)
         couplings = (root / diagonal.unsqueeze(-1))[..., rows, columns] * math.sqrt(self.size)
-        return torch.cat([q.loc, raw_scale(diagonal), couplings], dim=-1)
+        return torch.cat([loc, raw_scale(diagonal), couplings], dim=-1)
 
 
 @final

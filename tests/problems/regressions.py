@@ -1,14 +1,20 @@
-"""Ten linear regressions on real data whose posteriors have one mode, and a mixture whose posterior has two.
+"""Linear regressions whose posteriors have one mode, and a mixture whose posterior has two.
 
 Data: posteriordb, see tests/data/README.md. Coefficients have wide priors in the place of flat ones.
+
+`designs` has ten on real data of ordinary scale; `scaled` has seven of all scales, as they come, with means
+and sds of 10,000 draws of Stan's NUTS each: standard errors of at most 0.011 sd, and 0.8 % of the sds.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+
+from . import Reference, stored
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -53,6 +59,63 @@ def regression(predictors, y):
     sigma = pyro.sample("sigma", dist.HalfCauchy(predictors.new_tensor(2.5)))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal(predictors @ beta, sigma), obs=y)
+
+
+class Problem(NamedTuple):
+    model: object
+    data: tuple
+    reference: Reference
+
+
+def scaled():
+    """Seven regressions by name: coefficients from 1e-3 to 1e5, strongly correlated predictors; float64."""
+    known = stored("scaled", torch.float64)
+    height, male, earn = known["height"], known["male"].double(), known["earn"].double()
+    z = (height - height.mean()) / height.std()
+    ones = torch.ones_like(z)
+    x = known["diamonds_x"]
+    data = {
+        "sblrc": (narrow, known["sblrc_x"], known["sblrc_y"]),
+        "earn_height": (wide, torch.stack([ones, height], -1), earn),
+        "logearn_height": (wide, torch.stack([ones, height], -1), earn.log()),
+        "logearn_height_male": (wide, torch.stack([ones, height, male], -1), earn.log()),
+        "logearn_logheight_male": (wide, torch.stack([ones, height.log(), male], -1), earn.log()),
+        "logearn_interaction_z": (wide, torch.stack([ones, z, male, z * male], -1), earn.log()),
+        "diamonds": (diamonds, x - x.mean(0), known["diamonds_y"]),
+    }
+    problems = {}
+    for name, (model, predictors, y) in data.items():
+        names = [f"beta[{i + 1}]" for i in range(predictors.shape[-1])]
+        names += ["intercept"] * (model is diamonds) + ["sigma"]
+        reference = Reference(names, known[f"{name}_mean"], known[f"{name}_sd"])
+        problems[name] = Problem(model, (predictors, y), reference)
+    return problems
+
+
+def narrow(predictors, y):
+    """A regression with the priors of posteriordb's ``blr``."""
+    beta = pyro.sample("beta", dist.Normal(predictors.new_zeros(predictors.shape[-1]), 10.0).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfNormal(predictors.new_tensor(10.0)))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(predictors @ beta, sigma), obs=y)
+
+
+def wide(predictors, y):
+    """A regression with priors that are as good as flat for coefficients of 1e5."""
+    beta = pyro.sample("beta", dist.Normal(predictors.new_zeros(predictors.shape[-1]), 1e6).to_event(1))
+    sigma = pyro.sample("sigma", dist.HalfNormal(predictors.new_tensor(1e6)))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(predictors @ beta, sigma), obs=y)
+
+
+def diamonds(predictors, y):
+    """A regression on centred predictors with the priors of posteriordb's ``diamonds``."""
+    free = predictors.new_tensor(3.0)
+    beta = pyro.sample("beta", dist.Normal(predictors.new_zeros(predictors.shape[-1]), 1.0).to_event(1))
+    intercept = pyro.sample("intercept", dist.StudentT(free, 8.0, 10.0))
+    sigma = pyro.sample("sigma", dist.FoldedDistribution(dist.StudentT(free, 0.0, 10.0)))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(intercept + predictors @ beta, sigma), obs=y)
 
 
 def mixture_data():

@@ -1,0 +1,142 @@
+"""Where the posterior of the learned groups lies, alone or beside groups that are amortized."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_guides.guide import AmortizedGuide
+from pyro_guides.posterior import Query
+from pyro_guides.starting.climb import Normal, best_normal, relaxed
+from pyro_guides.starting.density import Density, Repeats
+from pyro_guides.starting.placing import Place, places
+from pyro_guides.structure import Structure
+
+__all__ = [
+    "DRAWS",
+    "MOST_CORRELATED",
+    "location_and_spread",
+    "posterior_places",
+    "rows_at_once",
+    "values_in",
+    "whole_groups",
+]
+
+DRAWS = 256  # of the prior
+MOST_CORRELATED = 256  # values whose Hessian is taken whole
+_FEWEST_ROWS, _MOST_ROWS = 8, 128
+_STARTS = 4  # climbs at most: one from where q starts, the others from draws of the prior
+_WIDEST = 10.0  # standard deviations of the posterior: the largest units
+
+
+def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], dict[int, Tensor]]:
+    r"""Where the posterior of the learned groups lies, by position, and the middles ``(D,)`` of the others.
+
+    Beside others the learned groups take the marginal of the normal over all latents. If each of R rows
+    counts :math:`k = N/R` times, it is as narrow as for N rows, but lies where R rows put it, which is off by
+    about :math:`\sqrt k` standard deviations; that many make up the units, then.
+
+    Args:
+        query: the rows at hand; all latents are continuous.
+        repeats: how often these count.
+
+    Raises:
+        NotImplementedError: log p cannot be climbed.
+    """
+    network, plates = query.guide.network, query.structure.plates
+    groups = {index: network.parts[index].group for index in whole_groups(query)}
+    density = Density(query, repeats, {name for group in groups.values() for name in group.sites})
+    positions = {index: density.positions(group) for index, group in groups.items()}
+    others = {i: part.group for i, part in enumerate(network.parts) if i not in groups}
+    alone = not others
+    if not alone and density.size > MOST_CORRELATED:
+        raise NotImplementedError(f"too many rows: {density.size:,} values, of at most {MOST_CORRELATED}")
+    start = density.pack(query.draws_of(query.run(1)))
+    if not alone and _has_parameters(density, start):
+        raise NotImplementedError("the model has parameters of its own, which are not trained yet")
+    normal = _normal(density, start, list(positions.values()))
+    if alone:
+        return places(network, normal, positions, plates), {}
+    if normal.size < 1.0:  # the walls of a funnel, between which a narrow normal is not the marginal
+        raise NotImplementedError("log p is far from that of any normal")
+    marginal = normal.first(sum(at.numel() for at in positions.values()))
+    units = min(math.sqrt(float(density.counts.max())), _WIDEST)
+    found = places(network, marginal, positions, plates)
+    middles = {i: normal.loc[density.positions(group)].flatten(0, -2).mean(0) for i, group in others.items()}
+    return {index: place.in_units(units) for index, place in found.items()}, middles
+
+
+def values_in(structure: Structure, plates: Collection[str] = ()) -> int:
+    """How many unconstrained values a call has, of the latents in some of these plates, if there are any."""
+    latents = [x for x in structure.latents.values() if not plates or {*plates} & {*x.plates}]
+    return sum(structure.batch_shape(x.plates).numel() * x.size for x in latents)
+
+
+def rows_at_once(
+    guide: AmortizedGuide, args: tuple[Any, ...], kwargs: dict[str, Any], plates: Collection[str]
+) -> int:
+    """From how many rows learned groups beside amortized ones are to start.
+
+    Args:
+        guide: the guide, set up.
+        args: the model's arguments, with rows like any others.
+        kwargs: its keyword arguments.
+        plates: those that rows are in.
+    """
+    structure = guide._structure(args, kwargs, complete=True)
+    rows = max((plate.batch for plate in structure.plates.values() if plate.name in plates), default=1)
+    inside = max(1, values_in(structure, plates))
+    outside = values_in(structure) - inside
+    return min(max((MOST_CORRELATED - outside) * rows // inside, _FEWEST_ROWS), _MOST_ROWS)
+
+
+def whole_groups(query: Query, settled: Collection[int] = ()) -> list[int]:
+    """The learned groups, by position, of which this call has every element, without those settled."""
+    network, structure = query.guide.network, query.structure
+    return [
+        index
+        for index, part in enumerate(network.parts)
+        if index not in settled
+        and all(name in structure.plates for name in part.group.plates)
+        and network.head(index).learned_shape == tuple(structure.batch_shape(part.group.plates))
+    ]
+
+
+def location_and_spread(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The median of draws, and a standard deviation that heavy tails do not widen."""
+    draws = draws.detach().nan_to_num(0.0)
+    middle = draws.median(0).values
+    spread = 1.4826 * (draws - middle).abs().median(0).values
+    return middle, torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
+def _normal(density: Density, start: Tensor, groups: Sequence[Tensor]) -> Normal:
+    """The normal over all latents, from climbs that begin where q starts and at draws of the prior."""
+    query = density.query
+    try:
+        drawn = density.pack(query.model.simulate({}, query.held, count=DRAWS).values)
+    except NotImplementedError:  # an improper prior
+        drawn = start + torch.randn(DRAWS, density.size).to(start)
+    _, wide = location_and_spread(drawn)
+    blocks = [torch.arange(density.size).unsqueeze(0)]
+    if density.size > MOST_CORRELATED:
+        blocks = [at.reshape(-1, at.shape[-1]) for at in groups]
+    wide = wide / density.counts.to(wide).sqrt()
+    starts = [*start, *drawn[: _STARTS - 1]]
+    own = sum(at.numel() for at in groups)
+    if own < density.size:
+        starts = [relaxed(density, u, own, wide) for u in starts]
+    normal = best_normal(density, starts, blocks, wide)
+    if normal is None:
+        raise NotImplementedError("log p is finite nowhere")
+    return normal
+
+
+def _has_parameters(density: Density, u: Tensor) -> bool:
+    """Whether log p has a gradient other than along u."""
+    with torch.enable_grad():
+        return density.log_prob(u).requires_grad

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pyro
 import torch
-from pyro.infer import SVI, Trace_ELBO
 from quickstart import FactorModel, family_name, load_images
 
 from pyro_guides import (
@@ -27,7 +26,7 @@ from pyro_guides import (
     FullRankNormal,
     calibrate,
     check,
-    optim,
+    fit,
     plots,
     to_arviz,
 )
@@ -36,29 +35,27 @@ DIAGONAL, FULL = DiagonalNormal(), FullRankNormal()
 JUDGED, SHOWN = 100, 20  # of the images that training never saw
 
 
-def fit(model, family, x, steps, batch=128):
-    """Plain SVI on minibatches; the guide, and the loss of each step in nats per image."""
-    guide = AmortizedGuide(model, family=family).setup(x)
-    adam = optim.Adam({"lr": 1e-2}, schedule=lambda step: min(1.0, 2.0 - 2.0 * step / steps))
-    svi = SVI(model, guide, adam, Trace_ELBO())
-    return guide, [svi.step(x[torch.randint(len(x), (batch,))]) / batch for _ in range(steps)]
+def trained(model, family, x, steps):
+    """A guide, and how its training went; images held out of ``x`` choose the weights."""
+    guide = AmortizedGuide(model, family=family)
+    return guide, fit(model, guide, x, max_steps=steps, seed=0)
 
 
 def check_report(model, x_train, x_test, steps):
     """A verdict on each image from both guides, and what they find beside the exact answer."""
     evidence, _, _ = model.exact(x_test)
     exact_gaps = {DIAGONAL: model.best_diagonal_gap(), FULL: 0.0}
-    guides, losses, checks = {}, {}, {}
+    guides, results, checks = {}, {}, {}
     for family, exact_gap in exact_gaps.items():
         name = family_name(family)
         print(f"\n--- {name}, {len(x_test)} held-out images")
-        guides[name], losses[name] = fit(model, family, x_train, steps)
+        guides[name], results[name] = trained(model, family, x_train, steps)
         posterior = guides[name].posterior(x_test, num_draws=1000)
         checks[name] = found = check(posterior, training=Familiarity(guides[name], x_train))
         bound, gap = (found.columns[column].mean() for column in ("bound", "family_gap"))
         print(f"Log p(x): {bound:.3f} found, {evidence:.3f} exact. ", end="")
         print(f"Family gap: {gap:.3f} found, {exact_gap:.3f} exact.")
-    return guides, losses, checks
+    return guides, results, checks
 
 
 def calibration_report(guides, x):
@@ -82,7 +79,7 @@ def inversion_report(model, guide, x_train, x_test):
 def refinement_report(model, x_train, x_test, steps):
     """What the best q of the same family gains for images that an encoder reads badly."""
     print(f"\n--- FullRankNormal() after {steps} steps of training, {len(x_test)} held-out images")
-    guide, _ = fit(model, FULL, x_train, steps)
+    guide, _ = trained(model, FULL, x_train, steps)
     amortized = guide.posterior(x_test, num_draws=1000)
     refined = amortized.refine()
     evidence, _, _ = model.exact(x_test)
@@ -92,13 +89,13 @@ def refinement_report(model, x_train, x_test, steps):
     print(f"gain as measured: {refined.gain.value.mean():.3f} nats per image")
 
 
-def draw_figure(losses, checks, exact_gap, calibration, posterior, path):
+def draw_figure(result, checks, exact_gap, calibration, posterior, path):
     """Training, trust, calibration, and what was learned, in one figure."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(16, 7), layout="constrained")
     axes = figure.subplots(2, 4)
-    plots.losses(losses, axes[0, 0])
+    result.plot(axes[0, 0])
     for ax, (name, found) in zip(axes[0, 1:3], checks.items(), strict=True):
         plots.k_hat(found, ax).set_title(name)
     plots.gaps(checks, axes[0, 3]).axhline(exact_gap, color="k", linestyle=":")
@@ -122,7 +119,7 @@ def main(steps, output):
     x_test, x_few = x_test[:JUDGED], x_test[:SHOWN]
     model, name = FactorModel.fit(x_train.numpy()), family_name(FULL)
 
-    guides, losses, checks = check_report(model, x_train, x_test, steps)
+    guides, results, checks = check_report(model, x_train, x_test, steps)
     calibrations = calibration_report(guides, x_test)
     inversion_report(model, guides[name], x_train, x_few)
     refinement_report(model, x_train, x_few, max(1, steps // 50))
@@ -130,7 +127,7 @@ def main(steps, output):
     posterior = guides[name].posterior(x_few, num_draws=1000)
     to_arviz(posterior, posterior.predict(), posterior.prior(200)).to_netcdf(str(output / "trust.nc"))
     gap = model.best_diagonal_gap()
-    draw_figure(losses[name], checks, gap, calibrations[name], posterior, output / "trust.png")
+    draw_figure(results[name], checks, gap, calibrations[name], posterior, output / "trust.png")
     print(f"\nSaved in {output}: trust.nc (posterior, predictions and prior, for ArviZ) and trust.png")
 
 

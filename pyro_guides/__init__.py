@@ -1,5 +1,6 @@
 """Amortized variational posteriors for any Pyro model."""
 
+from pyro_guides import objectives as objectives
 from pyro_guides import optim as optim
 from pyro_guides import plots as plots
 from pyro_guides.diagnostics import Calibration as Calibration
@@ -30,5 +31,12 @@ from pyro_guides.netcdf import to_netcdf as to_netcdf
 from pyro_guides.posterior import Loo as Loo
 from pyro_guides.posterior import Posterior as Posterior
 from pyro_guides.posterior import Prediction as Prediction
+from pyro_guides.starting import Start as Start
+from pyro_guides.starting import find_start as find_start
+from pyro_guides.storage import UnreadableFileError as UnreadableFileError
+from pyro_guides.training import FitResult as FitResult
+from pyro_guides.training import GradientNoise as GradientNoise
+from pyro_guides.training import fit as fit
+from pyro_guides.training import gradient_noise as gradient_noise
 
 __version__ = "0.1.0.dev0"

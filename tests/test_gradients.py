@@ -205,7 +205,7 @@ def fitted(bound, target):
     """λ at which q is a given normal, by Newton's method without derivatives of ours: L-BFGS on the KL."""
     parameters = bound.initial(target.mean, 1.0).requires_grad_()
     tolerances = {"tolerance_grad": 1e-13, "tolerance_change": 1e-16}
-    optimizer = torch.optim.LBFGS([parameters], max_iter=2000, line_search_fn="strong_wolfe", **tolerances)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=1000, line_search_fn="strong_wolfe", **tolerances)
 
     def closure():
         optimizer.zero_grad()

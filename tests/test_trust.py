@@ -42,12 +42,12 @@ def exact_line(section):
     return numbers(line)
 
 
-def test_fit_returns_the_loss_of_each_step(trust, factors):
+def test_training_tells_how_it_went(trust, factors):
     model, x = factors
-    guide, losses = trust.fit(model, FullRankNormal(), x, 40, batch=20)
-    assert len(losses) == 40
+    guide, result = trust.trained(model, FullRankNormal(), x, 40)
+    assert result.steps == 40
     assert guide.is_trained
-    assert sum(losses[-5:]) < sum(losses[:5])
+    assert result.losses[-5:].sum() < result.losses[:5].sum()
 
 
 def test_refinement_reaches_the_exact_posterior(trust, factors, capsys):

@@ -68,6 +68,14 @@ class WeightedSum(Objective):
         self.step += torch.is_grad_enabled()
         return total
 
+    def state_dict(self) -> dict[str, int]:
+        """All that changes."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.step = int(state["step"])
+
     def _loss_of(self, elbo: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Tensor:
         if torch.is_grad_enabled():
             return differentiable_loss(elbo, model, guide, *args, **kwargs)

@@ -210,8 +210,8 @@ class Query:
         kept = [p.dim for p in self.structure.plates_of(self.row_plates if plates is None else set(plates))]
         others = [dim for dim in range(-depth, 0) if dim not in kept]
         total = torch.zeros(())
-        for name in values.keys() & (self.inner if plates else self.scored):
-            value = values[name]
+        counted = self.inner if plates else self.scored
+        for value in (value for name, value in values.items() if name in counted):
             batch = value.shape[1:]
             aligned = value.reshape(len(value), *[1] * (depth - len(batch)), *batch)
             total = total + (aligned.sum(others) if others else aligned)

@@ -12,7 +12,7 @@ import pyro
 import torch
 
 import pyro_guides
-from tests.benchmarks import chorales, flows, gallery, judgement, speed
+from tests.benchmarks import chorales, flows, gallery, judgement, speed, training
 from tests.benchmarks.clock import SEED
 from tests.benchmarks.report import markdown
 
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "judgement": judgement.run,
     "chorales": chorales.run,
     "gallery": gallery.run,
+    "training": training.run,
 }
 
 

@@ -1,0 +1,155 @@
+"""Adaptive complexity: the simplest family first, and a richer one when the family is what holds q back."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from pyro_guides.diagnostics import check
+from pyro_guides.families import Family
+from pyro_guides.guide import AmortizedGuide
+from pyro_guides.planning import build
+from pyro_guides.promotion import promote
+from pyro_guides.training.data import Arguments
+
+__all__ = ["Evidence", "How", "Rung", "check_ladder", "climb", "examine"]
+
+How = Literal["as it was", "promoted", "anew"]
+
+_SMALL_GAP = 0.02  # nats per row that no richer family is worth
+_MANY_LOST = 0.1  # of the rows
+_LARGEST_K = 0.7
+_DRAWS = 500
+
+
+@final
+@dataclass(frozen=True)
+class Rung:
+    """What the ladder did at one family, and why.
+
+    Attributes:
+        family: the family.
+        how: "as it was" when training began, "promoted" with what the former family had learned, or "anew",
+            with its encoders alone.
+        steps: how many steps it was trained before it was judged.
+        elbo: the validation ELBO it came to, in nats per row.
+        gap: what a better family could gain, in nats per row; NaN where it was not measured.
+        verdict: what was decided, in words.
+    """
+
+    family: str
+    how: How
+    steps: int
+    elbo: float
+    gap: float
+    verdict: str
+
+
+@final
+@dataclass(frozen=True)
+class Evidence:
+    """What holds q back.
+
+    Attributes:
+        gap: the mean family gap, in nats per row, with its error.
+        lost: the share of rows of which q has lost a mode.
+        k_hat: of what rows share; -inf if they share nothing.
+    """
+
+    gap: float
+    error: float
+    lost: float
+    k_hat: float
+
+    @property
+    def family_holds_back(self) -> bool:
+        """Whether a richer family is worth a try."""
+        gap = self.gap > _SMALL_GAP and not self.gap < 2.0 * self.error
+        return gap or self.modes_are_lost or self.k_hat > _LARGEST_K
+
+    @property
+    def modes_are_lost(self) -> bool:
+        """Whether what was learned is in the way of a richer family."""
+        return self.lost > _MANY_LOST
+
+    def __str__(self) -> str:
+        said = [f"family gap {self.gap:.3f} ± {self.error:.3f} nats per row"]
+        if self.lost:
+            said.append(f"{self.lost:.0%} of rows have lost a mode")
+        if self.k_hat > _LARGEST_K:
+            said.append(f"k-hat {self.k_hat:.2f} of what rows share")
+        return ", ".join(said)
+
+
+def check_ladder(guide: Any, ladder: Sequence[Any]) -> tuple[Family, ...]:
+    """The families to climb.
+
+    Raises:
+        TypeError: the guide or a rung is no such thing.
+        ValueError: a rung cannot hold what the one below it has become.
+    """
+    if not ladder:
+        return ()
+    if isinstance(ladder, (str, Family)) or not isinstance(ladder, Sequence):
+        raise TypeError(f"ladder must be a list of families, simplest first, got {ladder!r}")
+    if not isinstance(guide, AmortizedGuide):
+        raise TypeError(f"a ladder takes an AmortizedGuide, got a {type(guide).__name__}")
+    for family in ladder:
+        if not isinstance(family, Family):
+            raise TypeError(f"ladder must be a list of families such as FullRankNormal(), got {family!r}")
+    trial = copy.deepcopy(guide.network)
+    for family in ladder:
+        try:
+            promote(trial, family, only_new=False)
+        except ValueError as error:
+            raise ValueError(
+                f"ladder={list(ladder)} cannot be climbed to {family}, for it must go upwards: {error}"
+            ) from None
+    return tuple(ladder)
+
+
+def climb(guide: AmortizedGuide, family: Family, how: How, batch: Arguments) -> None:
+    """Give the guide a richer family, in place.
+
+    Args:
+        guide: the guide.
+        family: the new family.
+        how: "promoted" keeps q; "anew" keeps the encoders only.
+        batch: what to read the model with.
+    """
+    network = copy.deepcopy(guide.network)
+    if how == "promoted":
+        promote(network, family, only_new=False)
+    else:
+        encoders = network.encoders.state_dict()
+        plan = replace(guide._plan, encoder=copy.deepcopy(guide._plan.encoder), family=family)
+        network, _ = build(plan, guide.model, batch.args, batch.kwargs)
+        network.encoders.load_state_dict(encoders)
+    guide.replace_network(network)
+
+
+def examine(guide: AmortizedGuide, rows: Arguments) -> Evidence:
+    """Find out what holds q back, from some rows that it does not train on."""
+    posterior = guide.posterior(*rows.args, num_draws=_DRAWS, **rows.kwargs)
+    try:
+        found = check(posterior, show=False)
+    except (NotImplementedError, RuntimeError, ValueError):  # refined and searched through is not every model
+        found = check(posterior, gaps=False, modes=False, show=False)
+    columns = found.columns
+    gap = columns.get("family_gap", columns["gap"])
+    gap = gap[gap.isfinite()].reshape(-1)
+    lost = columns.get("missing", torch.zeros(1)).gt(0).double().mean()
+    return Evidence(*_mean_and_error(gap), float(lost), found.shared.get("k_hat", -math.inf))
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+    return float(values.mean()), error

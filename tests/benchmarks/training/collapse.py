@@ -5,8 +5,9 @@ scikit-learn's digits, ten latents, a diagonal normal, normal pixels with one le
 What makes it collapse is that the noise starts at 4, ten times the pixels' spread, and the learning rate is
 1.5 times the default. While the noise is large, telling images apart is worth less than the KL that it
 costs: q falls onto the prior, and the decoder learns to do without the latents before the noise has come
-down. A weight of the KL that starts at zero lets the decoder use them first. All runs go to the last step,
-for the validation ELBO, which is not tempered, tells nothing while the weight grows. Seed: 0.
+down. A weight of the KL that starts at zero lets the decoder use them first. Depth, noise and rate were
+chosen for this contrast, at seed 0: it shows that warm-up can help, and other seeds how often. All runs go to
+the last step. Seeds: 0, 1, 2.
 
 A latent is active if its KL to the prior, a mean over 397 images that ``fit`` has not seen, is above 0.05
 nats.
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from pyro_guides import AmortizedGuide, DiagonalNormal, fit
 from pyro_guides.objectives import CyclicalWarmup, FreeBits, LinearWarmup
-from tests.benchmarks.clock import SEED
 from tests.benchmarks.report import Result
 from tests.benchmarks.training.digits import Autoencoder, images
 
@@ -32,6 +32,7 @@ __all__ = ["run"]
 TRAIN = 1400
 STEPS = 1200
 RATE = 0.015
+SEEDS = (0, 1, 2)
 NOISE = 4.0
 ACTIVE = 0.05
 DRAWS = 200
@@ -43,9 +44,9 @@ WARMUPS = {
 }
 
 
-def trained(tempering: AbstractContextManager[Any] | None) -> tuple[int, Tensor]:
+def trained(tempering: AbstractContextManager[Any] | None, seed: int) -> tuple[int, Tensor]:
     """How many latents are active, and the ELBO of each test image."""
-    pyro.set_rng_seed(SEED)
+    pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     train, test = images().tensor_split([TRAIN])
     model = Autoencoder(256, 2, noise=NOISE)
@@ -58,7 +59,7 @@ def trained(tempering: AbstractContextManager[Any] | None) -> tuple[int, Tensor]
         learning_rate=RATE,
         patience=None,
         tempering=tempering,
-        seed=SEED,
+        seed=seed,
     )
     posterior = guide.posterior(test, num_draws=DRAWS)
     z = posterior.draws["z"]
@@ -69,14 +70,19 @@ def trained(tempering: AbstractContextManager[Any] | None) -> tuple[int, Tensor]
 
 def run() -> list[Result]:
     """Active latents, and what the test ELBO loses in units of its paired standard error."""
-    where = f"digits, {Autoencoder.latents} latents"
-    active, plain = trained(None)
+    return [result for seed in SEEDS for result in of_seed(seed)]
+
+
+def of_seed(seed: int) -> list[Result]:
+    """The same for one seed."""
+    where = f"digits, {Autoencoder.latents} latents, seed {seed}"
+    active, plain = trained(None, seed)
     results = [
         Result("plain: active latents", where, active, target=3),
         Result("plain: test ELBO, nats", where, float(plain.mean())),
     ]
     for name, make in WARMUPS.items():
-        active, elbo = trained(make())
+        active, elbo = trained(make(), seed)
         loss = plain - elbo
         error = float(loss.std()) / math.sqrt(len(loss))
         results += [

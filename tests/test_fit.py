@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from lightning_fabric.loggers import CSVLogger
 from pyro.distributions import constraints
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoNormal
@@ -339,6 +340,17 @@ def test_a_logger_gets_the_losses():
     assert [step for step, _ in metrics.seen] == [10, 20, 30]
     assert metrics.seen[0][1]["loss"] == result.losses[9]
     assert metrics.seen[-1][1]["validation_elbo"] == result.looks[-1].elbo
+
+
+def test_a_logger_of_lightning_writes_its_file(tmp_path):
+    quick(factors, small(), rows(60), logger=CSVLogger(tmp_path, "run", version=0))
+    lines = (tmp_path / "run" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert len(lines) == 4  # a header, and steps 10, 20 and 30
+
+
+def test_data_with_a_graph_of_their_own_are_cut_off_from_it():
+    x = rows(60).requires_grad_() * 1.0
+    assert np.isfinite(quick(factors, small(), x).losses).all()
 
 
 def test_ctrl_c_returns_the_best_so_far(caplog):

@@ -11,7 +11,16 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.nn import PyroModule
 from torch import nn
 
-from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, FullRankNormal, find_start, fit
+from pyro_guides import (
+    MLP,
+    AmortizedGuide,
+    DiagonalNormal,
+    FullRankNormal,
+    NormalizingFlow,
+    NormalMixture,
+    find_start,
+    fit,
+)
 from pyro_guides.heads import WhitenedHead
 from pyro_guides.structure import read
 from pyro_guides.training import stages
@@ -205,3 +214,14 @@ def test_a_guide_without_families_keeps_its_parameters():
     guide = AutoNormal(two_sided)
     result = fit(two_sided, guide, X, restarts=2, max_steps=5, batch_size=None, seed=0)
     assert len(result.restarts) == 2
+
+
+@pytest.mark.parametrize(
+    "family", [NormalMixture(2), NormalizingFlow(2, hidden=(8,), context_size=4)], ids=str
+)
+def test_mixtures_and_flows_move_as_well(family):
+    guide = AmortizedGuide(shared, amortize=(), family=family, init_scale=0.01).setup(X)
+    w = prior_draw(shared, 5)["w"]
+    scattered(guide, shared, 5)
+    lies = guide.posterior(X, num_draws=400).draws["w"].mean(0)
+    assert torch.allclose(lies, w, atol=0.05)

@@ -177,4 +177,5 @@ def _carried_out(
         task.weights.load(weights)
     if not done.ended_by:
         stages.go()
+    report.finish()
     return done

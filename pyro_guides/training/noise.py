@@ -37,7 +37,9 @@ class GradientNoise:
     @property
     def ratio(self) -> dict[str, float]:
         """Signal over noise: of about how many steps' mean the noise is as large as the signal, squared."""
-        return {name: self.signal[name] / x if x > 0.0 else math.inf for name, x in self.noise.items()}
+        signal = self.signal
+        certain = {name: math.inf if signal[name] > 0.0 else 0.0 for name in signal}
+        return {name: signal[name] / x if x > 0.0 else certain[name] for name, x in self.noise.items()}
 
     def __repr__(self) -> str:
         width = max(map(len, self.noise))

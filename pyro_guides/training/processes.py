@@ -63,7 +63,7 @@ class Processes:
 
     def receive(self, batch: Arguments) -> Arguments:
         """The batch on this process's device."""
-        return batch.each(lambda tensor: tensor.to(self._fabric.device))
+        return batch.each(lambda tensor: tensor.detach().to(self._fabric.device))
 
     def reduce(self, tensor: Tensor, reduce_op: str) -> Any:
         """A tensor reduced over the processes, in place; "mean" is all there is."""

@@ -44,6 +44,12 @@ class Report:
         with tqdm(total=last, initial=run.step, desc=what, disable=disable, mininterval=0.5) as bar:
             yield Reporter(run, bar, self._logger, self._every)
 
+    def finish(self) -> None:
+        """Let the logger write what it still holds."""
+        finalize = getattr(self._logger, "finalize", None)
+        if callable(finalize):
+            finalize("success")
+
 
 @final
 class Reporter:

@@ -82,7 +82,7 @@ def _centre(head: Head, family: BoundFamily, u: Tensor) -> None:
         u = u.reshape(-1, u.shape[-1])[0]
     now = family(bias).sample((_DRAWS,)).mean(0)
     if now.shape == u.shape:
-        bias.copy_(family.move(bias, u - now, torch.ones_like(now)))
+        bias.copy_(family.moving(bias, u - now, torch.ones_like(now)))
 
 
 def _solved(scale: Tensor, offset: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def four_modes(x):
 def test_four_modes(family):
     """A full-rank normal loses modes in most rows, for every seed; a mixture of four in hardly any."""
     rows = []
-    for seed in range(10 if isinstance(family, FullRankNormal) else 2):
+    for seed in range(4 if isinstance(family, FullRankNormal) else 2):
         pyro.set_rng_seed(seed)
         x = torch.randn(1050, 2).abs() + 0.3 * torch.randn(1050, 2)
         guide = AmortizedGuide(four_modes, family=family).setup(x[:1000])
@@ -148,7 +148,7 @@ def test_four_modes(family):
         rows.append(float((missing > 0).float().mean()))
     print(f"rows with lost modes by seed: {[round(share, 2) for share in rows]}")
     if isinstance(family, FullRankNormal):
-        assert sum(share > 0.4 for share in rows) >= 9
+        assert min(rows) > 0.4
     else:
         assert max(rows) <= 0.05
 

@@ -768,7 +768,7 @@ def test_what_is_shared_stays_shared():
 
 TREES = {
     "numbers": [0, -0.0, 2**70, math.inf, -math.inf, True, None, 5e-324, "ü"],
-    "containers": [(), [], {}, set(), ((1,), [2]), {1, "a"}, frozenset({2.5}), torch.Size([2, 3])],
+    "containers": [(), [], {}, set(), ((1,), [2]), {"a"}, frozenset({2.5}), torch.Size([2, 3])],
     "keys": {1: "a", "1": "b", (0, "w"): "c", None: "d", 2.5: "e", torch.float32: "f"},
     "ordered": OrderedDict(b=1, a=2),
     "torch": [torch.float16, torch.device("cpu"), nn.functional.gelu, torch.tanh, MLP, nn.Linear],

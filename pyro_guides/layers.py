@@ -1,15 +1,17 @@
-"""The linear layer that encoders and heads are made of."""
+"""The linear layer that encoders and heads are made of, and modules in evaluation mode."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-__all__ = ["ScaledLinear"]
+__all__ = ["ScaledLinear", "evaluated"]
 
 _GAIN = 4.0
 
@@ -58,3 +60,16 @@ class ScaledLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for the module's repr."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, gain={self.gain:.3g}"
+
+
+@contextmanager
+def evaluated(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """All of these modules, and those inside, in evaluation mode, and back as each was."""
+    training = [inner for module in modules for inner in module.modules() if inner.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

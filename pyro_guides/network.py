@@ -6,8 +6,8 @@ Nothing here knows Pyro's handlers: a :class:`Network` maps inputs and upstream 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast, final
 
@@ -21,6 +21,7 @@ from pyro_guides.encoding import Encoding
 from pyro_guides.families import BoundFamily, Family
 from pyro_guides.groups import Group
 from pyro_guides.heads import Head, held_fixed
+from pyro_guides.layers import evaluated
 from pyro_guides.links import Links
 from pyro_guides.refinement import Refined
 from pyro_guides.structure import Plate, Structure
@@ -118,17 +119,9 @@ class Network(nn.Module):
         sites = [encoding.source.mask_site for part in self.parts for encoding in part.encodings]
         return [site for site in sites if site is not None]
 
-    @contextmanager
-    def evaluated(self) -> Iterator[None]:
+    def evaluated(self) -> AbstractContextManager[None]:
         """All modules in evaluation mode, and back as each was."""
-        training = [module for module in self.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
+        return evaluated([self])
 
     @torch.no_grad()
     def fingerprint(self) -> float:

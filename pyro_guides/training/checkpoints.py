@@ -103,9 +103,14 @@ class Checkpoints:
         self._found = {"seed": self._found["seed"]}  # the state may be large
         return state
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a file to write."""
+        return self._path is not None
+
     def due(self, step: int) -> bool:
         """Whether it is time to write."""
-        return self._path is not None and step % self._every == 0
+        return self.wanted and step % self._every == 0
 
     def write(self, seed: int, state: Mapping[str, Any], *, first: bool = False) -> None:
         """Write what the run has come to; what goes wrong stops it at the first time only.

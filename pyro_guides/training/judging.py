@@ -14,7 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-__all__ = ["Judge", "Look"]
+__all__ = ["Judge", "Look", "mean_and_error"]
 
 
 @final
@@ -68,7 +68,7 @@ class Judge:
             patient: whether no gain was to be expected yet, so that none does not count.
         """
         values = self._measure().double().cpu()
-        look = Look(step, *_mean_and_error(values))
+        look = Look(step, *mean_and_error(values))
         self.looks.append(look)
         if not math.isfinite(look.elbo):
             self._waited += not patient
@@ -105,12 +105,13 @@ class Judge:
         self._waited = state["waited"]
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def mean_and_error(values: Tensor, alone: float = math.nan) -> tuple[float, float]:
+    """A mean and its standard error, which is ``alone`` where there are not two values."""
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else alone
     return float(values.mean()), error
 
 
 def _gained(differences: Tensor) -> bool:
     """Whether a mean of paired differences is above zero by more than its standard error."""
-    mean, error = _mean_and_error(differences)
+    mean, error = mean_and_error(differences)
     return mean > (0.0 if math.isnan(error) else error)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
-from torch import Tensor
 
 from pyro_guides.diagnostics import check
 from pyro_guides.families import Family
@@ -17,6 +16,7 @@ from pyro_guides.guide import AmortizedGuide
 from pyro_guides.planning import build
 from pyro_guides.promotion import promote
 from pyro_guides.training.data import Arguments
+from pyro_guides.training.judging import mean_and_error
 
 __all__ = ["Evidence", "How", "Rung", "check_ladder", "climb", "examine"]
 
@@ -145,11 +145,6 @@ def examine(guide: AmortizedGuide, rows: Arguments) -> Evidence:
     gap = columns.get("family_gap", columns["gap"])
     gap = gap[gap.isfinite()].reshape(-1)
     lost = columns.get("missing", torch.zeros(1)).gt(0).double().mean()
-    return Evidence(*_mean_and_error(gap), float(lost), found.shared.get("k_hat", -math.inf))
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    if not len(values):
-        return math.nan, math.nan
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
-    return float(values.mean()), error
+    return Evidence(
+        *mean_and_error(gap, 0.0 if len(gap) else math.nan), float(lost), found.shared.get("k_hat", -math.inf)
+    )

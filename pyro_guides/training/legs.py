@@ -140,7 +140,7 @@ class Legs:
 
     def write(self, *, first: bool = False) -> None:
         """Write a checkpoint, unless the user interrupts: then the run goes on from the one before."""
-        if self.done.ended_by == "interrupt":
+        if self.done.ended_by == "interrupt" or not self._checkpoints.wanted:
             return
         run = None if self.run is None else self.run.state_dict()
         weights = self.task.weights.state() if self.run is None else None

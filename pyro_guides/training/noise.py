@@ -12,8 +12,9 @@ from torch import Tensor
 
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.objectives import differentiable_loss
+from pyro_guides.statistics.arguments import count
 from pyro_guides.training import randomness
-from pyro_guides.training.settings import check_count, check_elbo, check_functions
+from pyro_guides.training.settings import check_elbo, check_functions
 from pyro_guides.training.weights import Weights
 
 __all__ = ["GradientNoise", "gradient_noise"]
@@ -98,7 +99,7 @@ def gradient_noise(
     """
     check_functions(model, guide, None)
     check_elbo(elbo)
-    check_count("repeats", repeats)
+    count("repeats", repeats)
     if repeats < 2:
         raise ValueError("repeats must be at least 2, for one gradient shows no noise")
     with randomness.own_numbers(seed):

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from pyro_guides.families import Family
 from pyro_guides.guide import AmortizedGuide
+from pyro_guides.statistics.arguments import count
 from pyro_guides.training import randomness
 from pyro_guides.training.data import Rows, Source, Whole, tensors_of
 from pyro_guides.training.faults import fault
 from pyro_guides.training.loading import Loaded, source_of
 from pyro_guides.training.processes import Processes
 from pyro_guides.training.rows import rows_have_latents
-from pyro_guides.training.settings import check_count
 from pyro_guides.training.task import Task
 
 __all__ = ["check_finite", "identity", "seed_for", "sources", "steps_for"]
@@ -105,12 +105,12 @@ def steps_for(max_steps: int | None, max_epochs: int | None, train: Source) -> i
     if max_steps is not None and max_epochs is not None:
         raise ValueError(f"give max_steps or max_epochs, not both: got {max_steps} and {max_epochs}")
     if max_epochs is not None:
-        check_count("max_epochs", max_epochs)
+        count("max_epochs", max_epochs)
         if train.steps is None:
             raise ValueError("max_epochs needs a DataLoader that knows its length; give max_steps")
         return max_epochs * train.steps
     if max_steps is not None:
-        check_count("max_steps", max_steps)
+        count("max_steps", max_steps)
     return _STEPS if max_steps is None else max_steps
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, final
 
 import torch
@@ -14,9 +14,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_guides.statistics.arguments import count
 from pyro_guides.training.gradients import Limit
 
-__all__ = ["MakeOptimizer", "Settings", "check_count", "check_counts", "check_elbo", "check_functions"]
+__all__ = ["MakeOptimizer", "Settings", "check_counts", "check_elbo", "check_functions"]
 
 MakeOptimizer = Callable[[list[Tensor]], Optimizer]
 
@@ -49,7 +50,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("max_steps", "every", "max_skips", "patience"):
             if name != "patience" or self.patience is not None:
-                check_count(name, getattr(self, name))
+                count(name, getattr(self, name))
         _check_positive("learning_rate", self.learning_rate)
         if not isinstance(self.clip, str) and self.clip is not None:
             _check_positive("clip", self.clip, 'a positive norm, "auto", "normalize" or None')
@@ -120,19 +121,11 @@ def check_functions(model: Any, guide: Any, tempering: Any) -> None:
 def check_counts(*, batch_size: Any, devices: Any, **counts: Any) -> None:
     """Raise a TypeError or ValueError unless numbers are positive ints; devices may be named."""
     if batch_size is not None:
-        check_count("batch_size", batch_size)
+        count("batch_size", batch_size)
     if not isinstance(devices, str):
-        check_count("devices", devices)
-    for name, count in counts.items():
-        check_count(name, count)
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise a TypeError or ValueError unless a number is a positive int."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+        count("devices", devices)
+    for name, value in counts.items():
+        count(name, value)
 
 
 def _check_positive(name: str, value: Any, expected: str = "a positive number") -> None:

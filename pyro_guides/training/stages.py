@@ -14,6 +14,7 @@ from pyro_guides.guide import AmortizedGuide
 from pyro_guides.network import Network
 from pyro_guides.training import randomness
 from pyro_guides.training.data import Arguments, Rows
+from pyro_guides.training.judging import mean_and_error
 from pyro_guides.training.ladder import Evidence, How, Rung, climb, examine
 from pyro_guides.training.legs import Legs
 from pyro_guides.training.restarts import scatter
@@ -141,9 +142,7 @@ class Stages:
         """What the last climb gained, in nats per row, with its error."""
         if self._done.before is None:
             return math.inf, 0.0
-        difference = values - self._done.before["values"]
-        error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
-        return float(difference.mean()), error
+        return mean_and_error(values - self._done.before["values"], 0.0)
 
     def _examine(self, rung: int) -> Evidence:
         task = self._task

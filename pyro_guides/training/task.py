@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pyro
@@ -62,6 +62,7 @@ class Task:
 
     def __post_init__(self) -> None:
         self.counting: Counting = counting(self.model, self.train)
+        self.objective = Objective(self.elbo, self.model, self.guide, self.counting)
         counting_themselves: tuple[Any, ...] = (self.tempering, self.elbo)
         self._counters = [(x, x.state_dict()) for x in counting_themselves if isinstance(x, Remembers)]
         self.validation: Validation | None = None
@@ -74,16 +75,13 @@ class Task:
         if isinstance(self.guide, AmortizedGuide):
             everything = self.processes.receive(self.most())
             self.guide.setup(*everything.args, **everything.kwargs)
-        objective = Objective(self.elbo, self.model, self.guide, self.counting)
-        with (
-            pyro.validation_enabled(False),
-            without_warnings(),
-        ):  # what is wrong is found, and named, when training begins
-            self.weights = Weights(self.model, self.guide, lambda: objective.value(batch))
+        # What is wrong is found, and named, when training begins.
+        with pyro.validation_enabled(False), without_warnings():
+            self.weights = Weights(self.model, self.guide, lambda: self.objective.value(batch))
         self.processes.align(self.weights)
         if self.held is not None:
             seed = randomness.seed_of(self.seed, -1)
-            self.validation = Validation(objective, self.held, self.processes, seed)
+            self.validation = Validation(self.objective, self.held, self.processes, seed)
 
     def _check_pooling(self) -> None:
         """Raise a ValueError if an encoder pools what it would see only part of."""
@@ -128,15 +126,13 @@ class Task:
 
     def most(self) -> Arguments:
         """As many rows of training as one call should take."""
-        train = self.train
-        if not isinstance(train, Rows) or train.count <= _MOST_SETUP_ROWS:
-            return train.data if isinstance(train, Rows) else train.first()
-        return train.take(torch.arange(_MOST_SETUP_ROWS))
+        if isinstance(self.train, Rows) and self.train.count > _MOST_SETUP_ROWS:
+            return self.train.take(torch.arange(_MOST_SETUP_ROWS))
+        return self._all_rows()
 
     def new_run(self, *, tempered: bool = True) -> Run:
         """A run from the weights as they are."""
-        tempering = self.tempering if tempered else None
-        objective = Objective(self.elbo, self.model, self.guide, self.counting, tempering)
+        objective = replace(self.objective, tempering=self.tempering if tempered else None)
         judge = None
         if self.validation is not None:
             judge = Judge(self.validation.measure, self.weights.state, self.settings.patience)
@@ -151,9 +147,8 @@ class Task:
         """How good the weights are, in nats per row: of validation rows, or of draws for training rows."""
         if self.validation is not None:
             return self.validation.measure()
-        objective = Objective(self.elbo, self.model, self.guide, self.counting)
         batch = self.processes.receive(self.train.first())
         with randomness.own_numbers(self.seed, 6), quiet([self.model, self.guide]):
-            values = torch.tensor([-objective.value(batch) for _ in range(_EVALUATIONS)])
+            values = torch.tensor([-self.objective.value(batch) for _ in range(_EVALUATIONS)])
         measured: Tensor = self.processes.same(values)
         return measured

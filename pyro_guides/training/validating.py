@@ -12,6 +12,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.layers import evaluated
 from pyro_guides.objectives import IWELBO
 from pyro_guides.objectives.rows import Rows as RowSites
 from pyro_guides.objectives.rows import random_sites, read_rows, traces_of
@@ -148,12 +149,6 @@ def _evaluated(objective: Objective, batch: Arguments, sites: RowSites, count: i
 def quiet(functions: Sequence[Any]) -> Iterator[None]:
     """Modules in evaluation mode, no validation of arguments, no handler that listens."""
     owners = [getattr(function, "__self__", function) for function in functions]
-    modules = [m for owner in owners if isinstance(owner, nn.Module) for m in owner.modules() if m.training]
-    try:
-        for module in modules:
-            module.training = False
-        with pyro.poutine.block(), pyro.validation_enabled(False), without_warnings():
-            yield
-    finally:
-        for module in modules:
-            module.training = True
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    with evaluated(modules), pyro.poutine.block(), pyro.validation_enabled(False), without_warnings():
+        yield

@@ -88,6 +88,9 @@ def tabulate(
 ) -> Tables:
     """Put all variables of a group into one dataset; see :func:`to_arviz` for arguments and errors."""
     xarray = needed("xarray")
+    for argument, given in (("coords", coords), ("dims", dims)):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument} must be a dict by name, got a {type(given).__name__}")
     groups, attrs = merge(parts)
     names = Names(groups, dims)
     columns = {group: _columns(variables, names) for group, variables in groups.items()}

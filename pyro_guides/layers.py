@@ -52,8 +52,8 @@ class ScaledLinear(nn.Module):
         self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        # The gain goes where there is less to multiply.
-        if x.numel() < self.weight.numel():
+        # The gain goes where there is less to multiply; inputs often need no gradient, weights always do.
+        if x.numel() <= self.weight.numel():
             return linear(x * self.gain, self.weight, self.bias)
         return linear(x, self.weight * self.gain, self.bias)
 

@@ -85,6 +85,8 @@ def to_netcdf(
             f"parts must be an iterable of what to export, got {type(parts).__name__}; put a single one into "
             "a list"
         )
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"path must name the file to write, got {path!r}")
     labels = dict(coords or {})
     own = {along: labels.pop(along)} if along in labels else {}
     stream: _Stream | None = None

@@ -259,7 +259,10 @@ def step_names(encoding: Encoding, parts: Sequence[Part], turns: Sequence[Turn])
 
 
 def fold(u: Tensor, plates: Sequence[Plate]) -> Tensor:
-    """Lay the elements of some plates side by side in the last dimension; in their place comes a 1."""
+    """Lay the elements of some plates side by side in the last dimension; a 1, or nothing, takes their place.
+
+    Without ones on the left, a group outside of all plates keeps the shape that the model gives it.
+    """
     for plate in plates:
         dim = plate.dim - 1
         if -dim > u.dim():
@@ -269,4 +272,6 @@ def fold(u: Tensor, plates: Sequence[Plate]) -> Tensor:
         u = u.expand(shape).movedim(dim, -2)
         shape[dim], shape[-1] = 1, shape[-1] * plate.batch
         u = u.reshape(shape)
+    while plates and u.dim() > 1 and u.shape[0] == 1:
+        u = u.squeeze(0)
     return u

@@ -8,6 +8,7 @@ same state by parameter name, new parameters taken in whenever they appear.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any, cast
 
 import pyro
@@ -55,6 +56,12 @@ class FusedOptim(PyroOptim):
         for label, value in (("optim_args", optim_args), ("clip_args", clip_args or {})):
             if not callable(value) and not isinstance(value, dict):
                 raise TypeError(f"{label} must be a dict or a function that returns one, got {value!r}")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"schedule must be a function of the step or None, got {schedule!r}")
+        if not (isinstance(optim_constructor, type) and issubclass(optim_constructor, Optimizer)):
+            raise TypeError(
+                f"optim_constructor must be a class such as torch.optim.Adam, got {optim_constructor!r}"
+            )
         super().__init__(optim_constructor, optim_args, clip_args)
         self.schedule = schedule
         self._constructor: Callable[..., Optimizer] = optim_constructor
@@ -106,7 +113,10 @@ class FusedOptim(PyroOptim):
             return
         for group in optimizer.param_groups:
             steps = group.setdefault("steps", 0)
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.schedule(steps)
+            factor = self.schedule(steps)
+            if isinstance(factor, bool) or not isinstance(factor, Real):
+                raise TypeError(f"schedule must return a number, got {factor!r} at step {steps}")
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
             group["steps"] = steps + 1
 
     def _take_in(self, param: Tensor) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_guides.amortizing import Amortizer, Choice
+from pyro_guides.arguments import check_flags
 from pyro_guides.controls import add_control, local_dims
 from pyro_guides.distributions import Alphabet
 from pyro_guides.encoding import Encoding, encode, standardize
@@ -57,6 +58,7 @@ class Plan:
             raise TypeError(
                 f"init_loc_fn must be a function such as init_to_median, got {self.init_loc_fn!r}"
             )
+        check_flags("AmortizedGuide", condition_on_upstream=self.condition_on_upstream)
         scale = self.init_scale
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"init_scale must be a number, got {scale!r}")

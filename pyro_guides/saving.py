@@ -7,6 +7,7 @@ for when the guide is loaded.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, final
@@ -82,6 +83,7 @@ def save(path: Any, contents: Contents) -> None:
         TypeError: the guide holds something that no file can hold, and that :func:`load` cannot ask for.
         ValueError: modules lie too deep within each other.
     """
+    _check_path(path)
     plan = _plain(contents.plan)
     given = _by_slot(plan.encoder, plan.inputs, contents.create_plates)
     external = {slot: value for slot, value in given.items() if not is_writable(value)}
@@ -95,6 +97,7 @@ def save(path: Any, contents: Contents) -> None:
 
 def load(path: Any, encoder: Any, inputs: Any, create_plates: Any, device: torch.device | str) -> Contents:
     """Read a guide from a file; see :meth:`pyro_guides.AmortizedGuide.load`."""
+    _check_path(path)
     given = _by_slot(encoder, inputs, create_plates)
     contents = objects.load(path, _KIND, lambda needed: _matched(path, needed, given), device=device)
     if not isinstance(contents, Contents) or not contents.valid:
@@ -102,6 +105,11 @@ def load(path: Any, encoder: Any, inputs: Any, create_plates: Any, device: torch
     for slot, state in contents.states.items():
         _restore(given.get(slot), state, slot, path, device)
     return contents
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must name a file, got {path!r}")
 
 
 def _plain(plan: Plan) -> Plan:

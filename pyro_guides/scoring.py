@@ -172,9 +172,14 @@ class ModelCall:
             nodes = run(*own).nodes
             return {name: torch.as_tensor(nodes[name]["value"]) for name in new}
 
-        size = sum(torch.as_tensor(sites[name]["value"]).numel() for name in new)
+        drawn = {name: torch.as_tensor(sites[name]["value"]) for name in new}
+        if count == 1:  # which the first run has drawn: a model may be slow to simulate
+            found = {name: value.unsqueeze(0) for name, value in drawn.items()}
+        else:
+            size = sum(value.numel() for value in drawn.values())
+            found = self._simulating(values, inputs, max(1, _VALUES_PER_PASS // max(1, size)))
         return Simulation(
-            self._simulating(values, inputs, max(1, _VALUES_PER_PASS // max(1, size))),
+            found,
             {name: {f.name: f.dim for f in sites[name]["cond_indep_stack"] if f.vectorized} for name in new},
             {name: _event_dim(sites[name]) for name in new},
             frozenset(name for name in new if not _was_latent(sites[name])),

@@ -12,6 +12,7 @@ from torch import nn
 
 from pyro_guides import MLP, AmortizedGuide, Discrete, calibrate, optim
 from pyro_guides.objectives import ForwardKL, WeightedSum, differentiable_loss
+from pyro_guides.structure.dependencies import dependencies
 from tests.models import F64, hierarchy, prepared, rows, two
 
 S = 0.5
@@ -71,6 +72,20 @@ def test_the_gradient_vanishes_at_the_posterior_and_nowhere_else():
     with torch.no_grad():
         guide.slope += 0.1
     assert slopes()[0] > 10.0
+
+
+def test_a_step_simulates_once():
+    runs = []
+
+    def counted(x):
+        runs.append(len(x))
+        conjugate(x)
+
+    elbo, x = ForwardKL(), torch.zeros(4, **F64)
+    elbo.loss(counted, guide := AmortizedGuide(counted), x)
+    runs.clear()
+    elbo.loss(counted, guide, x)
+    assert len(runs) == 1
 
 
 def test_only_the_guide_learns():
@@ -146,6 +161,36 @@ def test_a_new_guide_is_set_up_with_simulated_data():
     encoder = guide.network.encoders[0]
     seen = encoder.standardize(torch.tensor([[1000.0], [1000.0 + math.hypot(50.0, 25.0)]], **F64))
     assert torch.allclose(seen.reshape(-1)[:2], two(0.0, 1.0), atol=0.1)
+
+
+class Simulator(dist.Normal):
+    """Draws, and has no density."""
+
+    def log_prob(self, value):
+        raise NotImplementedError
+
+    def expand(self, batch_shape, _instance=None):
+        return Simulator(self.loc.expand(batch_shape), self.scale.expand(batch_shape))
+
+
+def test_a_simulator_needs_no_density():
+    """The latent that it never looks at is not taken for one of those that made the data."""
+
+    def model(x):
+        zero = x.new_tensor(0.0)
+        far = pyro.sample("far", dist.Normal(zero, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(zero, 1.0))
+            pyro.sample("x", Simulator(z, S), obs=x)
+        return far
+
+    x = torch.zeros(50, **F64)
+    graph = dependencies(model, (x,), {})
+    assert graph.children == {"far": set(), "z": {"x"}}
+    guide = AmortizedGuide(model, amortize=["data"])
+    svi = SVI(model, guide, optim.Adam({"lr": 0.02}), ForwardKL())
+    losses = [svi.step(x) for _ in range(60)]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 10 * 5
 
 
 def test_it_joins_other_objectives():

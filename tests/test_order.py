@@ -250,3 +250,18 @@ def test_a_mask_inside_an_event_follows_the_draw_it_depends_on():
         values = [{"n": torch.full((4,), n), "z": torch.full((4, 2), z)} for z in (1.0, 2.0)]
         change = guide.log_prob(values[0], x) - guide.log_prob(values[1], x)
         torch.testing.assert_close(change, torch.full((4,), 1.5 * n))
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_global_that_sees_a_whole_plate_keeps_its_shape(dim):
+    def model(x):
+        with pyro.plate("component", 3, dim=dim):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc.sum() + shift, 1.0), obs=x)
+
+    guide = AmortizedGuide(model).setup(torch.tensor(0.5))
+    assert [part.upstream for part in guide.network.parts] == [(), (0,)]
+    assert guide(torch.tensor(0.5))["shift"].shape == ()
+    with pyro.plate("particles", 7, dim=-3):
+        assert guide(torch.tensor(0.5))["shift"].shape == (7, 1, 1)

@@ -393,3 +393,17 @@ def counties_of_rows(x):
     with pyro.plate("row", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def test_a_plate_that_only_observations_show_is_met_in_every_reading():
+    """A scale makes the model be read again at every call, up to the last latent; here, beyond it."""
+
+    def model(y):
+        with pyro.plate("area", 4, dim=-2):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("group", 3, dim=-1):
+                pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    y = data(4, 3)
+    guide = AmortizedGuide(poutine.scale(model, scale=0.5), encoder=DeepSet(8))
+    assert [guide(y)["a"].shape for _ in range(2)] == [(4, 1)] * 2

@@ -260,3 +260,16 @@ def test_quantiles_from_draws_where_there_is_no_closed_form(name):
     levels = [0.1, 0.5, 0.8]
     for site, values in posterior.quantiles(levels).items():
         close(values, np.quantile(posterior.draws[site].numpy(), levels, axis=0), 1e-4)
+
+
+def test_a_constant_scale_does_not_hide_rows_that_the_model_leaves_out():
+    def model(x):
+        with pyro.plate("data", 12, subsample_size=4) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, NOISE), obs=x[index])
+
+    guide = AmortizedGuide(poutine.scale(model, scale=0.5)).setup(X)
+    posterior = guide.posterior(X, num_draws=5)
+    z = posterior.draws["z"]
+    expected = dist.Normal(0.0, 1.0).log_prob(z) + dist.Normal(z, NOISE).log_prob(X)
+    torch.testing.assert_close(posterior.log_p, expected)

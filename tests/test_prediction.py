@@ -198,3 +198,21 @@ def test_deterministic_sites_are_not_observed():
     assert groups["constant_data"]["x"].dims == ("row",)
     assert groups["sample_stats"].keys() == {"lp", "log_q", "log_weight", "k_hat"}
     assert groups["unconstrained_posterior"]["shift"].dims == ("chain", "draw", "row")
+
+
+def test_a_batch_is_predicted_as_it_is_where_all_latents_are_shared():
+    """No row's λ is needed, and still the batch holds eight rows of forty, not all of them five times."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 40, subsample_size=len(x)):
+            pyro.sample("x", dist.Normal(mean, 1.0), obs=x)
+
+    x = torch.arange(8.0)
+    posterior = AmortizedGuide(model).posterior(x, num_draws=30)
+    assert posterior.predict()["x"].shape == (30, 8)
+    assert posterior.log_likelihood["x"].shape == (30, 8)
+    mean = posterior.draws["mean"]
+    likelihood = dist.Normal(mean.unsqueeze(-1), 1.0).log_prob(x).sum(-1)
+    expected = dist.Normal(0.0, 1.0).log_prob(mean) + 5.0 * likelihood
+    torch.testing.assert_close(posterior.log_p, expected)

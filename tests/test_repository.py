@@ -13,6 +13,7 @@ PACKAGE = ROOT / "pyro_guides"
 
 # layer -> the layers it may import when it is imported itself
 ARROWS = {
+    "arguments": set(),
     "distributions": set(),
     "layers": set(),
     "naming": set(),
@@ -23,10 +24,10 @@ ARROWS = {
     "statistics": set(),
     "vectorized": set(),
     "structure": {"distributions"},
-    "encoders": {"layers"},
+    "encoders": {"arguments", "layers"},
     "heads": {"layers"},
     "refinement": {"heads"},
-    "families": {"distributions", "layers"},
+    "families": {"arguments", "distributions", "layers"},
     "enumeration": set(),
     "conditional": {"distributions", "families", "heads"},
     "inputs": {"structure"},
@@ -53,6 +54,7 @@ ARROWS = {
     "controls": {"distributions", "network", "structure"},
     "planning": {
         "amortizing",
+        "arguments",
         "controls",
         "distributions",
         "encoding",
@@ -131,7 +133,7 @@ ARROWS = {
         "saving",
         "structure",
     },
-    "starting": {"families", "groups", "guide", "heads", "network", "posterior", "structure"},
+    "starting": {"arguments", "families", "groups", "guide", "heads", "network", "posterior", "structure"},
 }
 # Training is sugar: nothing else may need it.
 ARROWS["training"] = {

@@ -267,6 +267,19 @@ def test_curvature_is_that_of_the_model():
     assert height < density.log_prob(mean.unsqueeze(0))[0]
 
 
+def test_a_prior_that_is_as_good_as_flat_does_not_hide_the_posterior():
+    def model(x, y):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(2, **F64), 1e6).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=beta[..., :1] + beta[..., 1:] * x), obs=y)
+
+    x = torch.linspace(-2.0, 2.0, 40, **F64)
+    y = (x + 1.5 * torch.sin(9.0 * x) > 0).double()
+    guide = AmortizedGuide(model)
+    assert "posterior" in str(find_start(guide, x, y))
+    assert guide.median(x, y)["beta"].abs().max() < 10.0  # draws of the prior lie at 1e6, where log p is flat
+
+
 # --- where only the prior tells
 
 

@@ -409,3 +409,23 @@ def test_a_scale_that_a_closure_changes_is_followed_even_from_one():
     for scale in (1.0, 0.25, 1.0):
         warmup["scale"] = scale
         assert pyro.poutine.trace(guide).get_trace(x).nodes["z"]["scale"] == scale
+
+
+@pytest.mark.parametrize("name", ["Cauchy", "HalfCauchy", "Exponential", "Laplace", "Pareto", "Weibull"])
+def test_priors_whose_samplers_cannot_be_tracked(name):
+    """Torch draws these by asking a parameter for a new tensor; of a tracked one it has a wrong shape."""
+
+    def prior(loc):
+        family = getattr(dist, name)
+        return family(loc) if name in ("HalfCauchy", "Exponential") else family(loc, torch.tensor(2.0))
+
+    def model(x):
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        scale = pyro.sample("scale", prior(top))
+        with pyro.plate("outer", 3, dim=-2), pyro.plate("inner", 4, dim=-1):
+            z = pyro.sample("z", prior(scale.abs() + 0.1))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    graph = dependencies(model, (torch.randn(3, 4),), {})
+    assert graph.children == {"top": {"scale"}, "scale": {"z"}, "z": {"x"}}
+    assert live_sites(model, (torch.randn(3, 4),), {}) == ({"scale", "z"} if name == "Pareto" else set())

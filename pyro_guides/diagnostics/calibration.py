@@ -66,7 +66,7 @@ class Calibration:
         pit: by site, the ranks spread over the unit interval, uniform under a right q.
         hpd: the level of the region of highest density that just holds the true values, ``(n,)``; as uniform.
         tarp: the share of draws nearer to a reference than the true values, ``(n,)``; as uniform.
-        num_draws: S.
+        num_draws: S, how many draws each of them got.
         plates: by site, the plates within a row, outermost first.
         levels: of :meth:`coverage`, unless it is told others.
         probability: of the band of :meth:`coverage`.
@@ -215,6 +215,8 @@ def calibrate(
     draws = arguments.count("num_draws", num_draws, least=20)
     points = arguments.increasing("levels", np.linspace(0.05, 0.95, 19) if levels is None else levels)
     inside = arguments.probability("probability", probability)
+    if seed is not None:
+        arguments.whole("seed", seed)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)

@@ -16,7 +16,7 @@ from pyro_guides.diagnostics.shared import shared_log_weights
 from pyro_guides.diagnostics.verdict import verdict
 from pyro_guides.posterior import Posterior
 from pyro_guides.posterior.weighing import effective_size, smoothed
-from pyro_guides.statistics import psis
+from pyro_guides.statistics import arguments, psis
 
 __all__ = ["Check", "check"]
 
@@ -37,7 +37,7 @@ class Check:
             * ``missing``: the share of the posterior in modes that q has lost;
             * ``familiarity``: the p-value that the row is like those of training.
         rows: the plates of the rows, leftmost first.
-        num_draws: S.
+        num_draws: S, how many draws were judged.
         shared: k̂, effective size and number of draws of the latents that rows share, with the rows'
             own integrated out; empty if they share none.
         held: the shared latents that the rows were judged given.
@@ -64,7 +64,7 @@ class Check:
 
     @property
     def trusted(self) -> Tensor:
-        """Which rows can be trusted: k̂ below the threshold, no mode lost, like the rows of training."""
+        """Which rows can be trusted, with k̂ below the threshold, no mode lost, and like those of training."""
         good = self.columns["k_hat"] < self.threshold
         if "missing" in self.columns:
             good = good & (self.columns["missing"] == 0)
@@ -74,7 +74,7 @@ class Check:
 
     @property
     def table(self) -> Any:
-        """One line per row: a ``pandas.DataFrame`` if pandas is there, else a dict of NumPy arrays."""
+        """One line per row, as a ``pandas.DataFrame`` if pandas is there, else a dict of NumPy arrays."""
         names = self.rows or ("row",)
         shape = self.columns["k_hat"].shape
         grid = torch.meshgrid(*map(torch.arange, shape or (1,)), indexing="ij")
@@ -141,6 +141,8 @@ def check(
         )
     if training is not None and not isinstance(training, Familiarity):
         raise TypeError(f"training must be a Familiarity(guide, *args), got a {type(training).__name__}")
+    for name, value in (("gaps", gaps), ("modes", modes), ("show", show)):
+        arguments.flag(name, value)
     if posterior.resampled:
         raise ValueError(
             "these draws are resampled, so that their weights are spent; check where they came from"

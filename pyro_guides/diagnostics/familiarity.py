@@ -69,6 +69,9 @@ class Familiarity:
     """
 
     def __init__(self, guide: AmortizedGuide, *args: Any, **kwargs: Any) -> None:
+        if isinstance(guide, type) or not hasattr(guide, "is_set_up"):
+            kind = type(guide).__name__
+            raise TypeError(f"Familiarity(guide, *args) takes an AmortizedGuide, got a {kind}")
         rows = _contexts(guide, args, kwargs)
         rows = rows.reshape(-1, rows.shape[-1])
         if len(rows) < _FEWEST:

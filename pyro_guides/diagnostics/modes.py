@@ -83,6 +83,9 @@ def find_modes(posterior: Posterior, *, starts: int = 48) -> Modes:
         >>> find_modes(AmortizedGuide(model).posterior(torch.tensor([1.5])), starts=24).count
         tensor([2])
     """
+    if not isinstance(posterior, Posterior):
+        kind = type(posterior).__name__
+        raise TypeError(f"find_modes takes what guide.posterior(...) returns, got a {kind}")
     arguments.count("starts", starts, least=6)
     query = posterior.query.remembering()
     if discrete := [name for name, latent in query.latents.items() if latent.discrete]:

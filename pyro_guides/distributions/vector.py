@@ -65,7 +65,7 @@ class VectorDistribution(TorchDistribution):
 
     Args:
         batch_shape: the batch shape, usually the plates' sizes.
-        size: D.
+        size: D, how long the vectors are.
         stick_the_landing: whether the gradient of the entropy follows the path of u alone.
     """
 

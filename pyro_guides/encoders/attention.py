@@ -8,6 +8,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.arguments import check_flags, check_sizes
 from pyro_guides.encoders.late import Late
 from pyro_guides.encoders.mlp import MLP, ResidualBlock
 from pyro_guides.encoders.sets import SetEncoder, check_sets, initial_log_pseudo_counts
@@ -168,12 +169,9 @@ class SetTransformer(SetEncoder):
         missing: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"width": width, "heads": heads, "seeds": seeds, "inducing": inducing}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"SetTransformer: {name} must be at least 1, got {value}")
-        if blocks < 0:
-            raise ValueError(f"SetTransformer: blocks must not be negative, got {blocks}")
+        check_sizes("SetTransformer", width=width, heads=heads, seeds=seeds, inducing=inducing)
+        check_sizes("SetTransformer", 0, blocks=blocks)
+        check_flags("SetTransformer", missing=missing)
         if width % heads:
             raise ValueError(
                 f"SetTransformer: width must be a multiple of heads, got width={width} and heads={heads}"

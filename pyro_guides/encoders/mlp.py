@@ -7,6 +7,7 @@ from typing import Any, cast, final
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from pyro_guides.arguments import check_flags, check_sizes
 from pyro_guides.encoders.standardize import Standardize
 from pyro_guides.layers import ScaledLinear
 
@@ -48,7 +49,7 @@ class MLP(nn.Module):
     Shapes: ``(B, ...) -> (B, C)``; trailing dimensions are flattened.
 
     Raises:
-        ValueError: ``width`` is less than 1 or ``depth`` is negative.
+        TypeError, ValueError: ``width`` is no int of at least 1, or ``depth`` is negative.
 
     Source: Kaiming He et al., "Identity Mappings in Deep Residual Networks", 2016, arXiv:1603.05027.
 
@@ -60,10 +61,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int = 128, depth: int = 2, *, missing: bool = False) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"MLP: width must be at least 1, got {width}")
-        if depth < 0:
-            raise ValueError(f"MLP: depth must not be negative, got {depth}")
+        check_sizes("MLP", width=width)
+        check_sizes("MLP", 0, depth=depth)
+        check_flags("MLP", missing=missing)
         self.width = width
         self.depth = depth
         self.standardize = Standardize(missing=missing)

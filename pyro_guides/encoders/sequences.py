@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from pyro_guides.arguments import check_flags, check_sizes
 from pyro_guides.encoders.late import Late
 from pyro_guides.encoders.mlp import MLP, ResidualBlock
 from pyro_guides.encoders.sets import Pooling
@@ -98,10 +99,8 @@ class GRUEncoder(SequenceEncoder):
         self, width: int = 128, *, causal: bool = False, missing: bool = False, layers: int = 1
     ) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"GRUEncoder: width must be at least 1, got {width}")
-        if layers < 1:
-            raise ValueError(f"GRUEncoder: layers must be at least 1, got {layers}")
+        check_sizes("GRUEncoder", width=width, layers=layers)
+        check_flags("GRUEncoder", causal=causal, missing=missing)
         self.steps = MLP(width, 0, missing=missing)
         self.recurrence = Late(_Recurrence, width, layers, 1 if causal else 2)
         self.ends = Late(_Summary, width)

@@ -13,6 +13,7 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.arguments import check_flags, check_sizes
 from pyro_guides.encoders.late import Late
 from pyro_guides.encoders.mlp import MLP, ResidualBlock
 from pyro_guides.layers import ScaledLinear
@@ -110,10 +111,9 @@ class DeepSet(SetEncoder):
 
     def __init__(self, width: int = 128, depth: int = 2, *, missing: bool = False) -> None:
         super().__init__()
-        if width < 1:
-            raise ValueError(f"DeepSet: width must be at least 1, got {width}")
-        if depth < 0:
-            raise ValueError(f"DeepSet: depth must not be negative, got {depth}")
+        check_sizes("DeepSet", width=width)
+        check_sizes("DeepSet", 0, depth=depth)
+        check_flags("DeepSet", missing=missing)
         self.elements = MLP(width, depth, missing=missing)
         self.pooling = Late(Pooling, width, depth)
 

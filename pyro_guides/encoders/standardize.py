@@ -7,6 +7,8 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.arguments import check_flags
+
 __all__ = ["Standardize"]
 
 # Inputs larger than this are outliers or come from a feature that hardly varied before; from here on they
@@ -41,6 +43,7 @@ class Standardize(nn.Module):
 
     def __init__(self, *, missing: bool = False) -> None:
         super().__init__()
+        check_flags("Standardize", missing=missing)
         self.missing = missing
         self.register_buffer("mean", None)
         self.register_buffer("inverse_scale", None)

@@ -15,6 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
+from pyro_guides.arguments import check_flags
 from pyro_guides.distributions import VectorDistribution
 
 __all__ = [
@@ -152,13 +153,6 @@ def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any])
     """Raise a ValueError unless ``value`` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{family}: {argument} must be one of {list(choices)}, got {value!r}")
-
-
-def check_flags(family: str, **flags: Any) -> None:
-    """Raise a TypeError unless all flags are True or False."""
-    for argument, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{family}: {argument} must be True or False, got {value!r}")
 
 
 def check_count(family: str, argument: str, value: Any, least: int, instead: str) -> None:

@@ -125,6 +125,17 @@ class BoundMixture(BoundFamily):
         logits = loc.new_zeros(*loc.shape[:-1], self.count if self.learned else 0)
         return torch.cat([logits, self.component.initial(locs, scale).flatten(-2)], dim=-1)
 
+    def placed(self, locs: Tensor, covariances: Tensor, shares: Tensor) -> Tensor:
+        """λ ``(W,)`` of normals ``(M, D)``, ``(M, D, D)`` with weights ``(M,)``; components take turns."""
+        source = torch.arange(self.count, device=locs.device) % len(locs)
+        scale = torch.linalg.cholesky(covariances)
+        if self.closed_under != "triangular":
+            scale = torch.linalg.inv(covariances).diagonal(dim1=-2, dim2=-1).rsqrt()
+        parts = self.component.move(self.component.initial(torch.zeros_like(locs), 1.0), locs, scale)
+        parts = self._split(parts.index_select(-2, source), source)
+        weights = (shares / torch.bincount(source, minlength=len(locs))).index_select(-1, source)
+        return torch.cat([weights.log(), parts.flatten()] if self.learned else [parts.flatten()], dim=-1)
+
     def forward(self, parameters: Tensor, scored: Tensor | None = None) -> VectorMixture:
         logits, rest = parameters.tensor_split([self.count if self.learned else 0], dim=-1)
         if not self.learned:

@@ -39,7 +39,7 @@ class IWELBO(Objective):
     With one particle it is ``Trace_ELBO``.
 
     Args:
-        num_particles: K.
+        num_particles: K, of each row.
         gradient: how parameters learn.
 
             * ``"doubly_reparameterized"``: the signal of the encoder grows with K instead of vanishing
@@ -98,6 +98,12 @@ class IWELBO(Objective):
             )
         if isinstance(plates, str):
             raise TypeError(f"plates must be a list of names, got the string {plates!r}; write [{plates!r}]")
+        if plates is not None and not isinstance(plates, Collection):
+            raise TypeError(f"plates must be a list of names, or None to find them, got {plates!r}")
+        if isinstance(max_plate_nesting, bool) or not isinstance(max_plate_nesting, (int, float)):
+            raise TypeError(f"max_plate_nesting must be an int, got {max_plate_nesting!r}")
+        if not max_plate_nesting >= 0:
+            raise ValueError(f"max_plate_nesting must not be negative, got {max_plate_nesting}")
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         self.gradient = gradient
         self.plates = None if plates is None else frozenset(plates)

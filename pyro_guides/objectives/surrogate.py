@@ -48,6 +48,9 @@ def differentiable_loss(elbo: Any, model: Any, guide: Any, *args: Any, **kwargs:
         >>> loss = differentiable_loss(TraceGraph_ELBO(), model, guide, torch.randn(5))
         >>> loss.backward()
     """
+    for name, function in (("model", model), ("guide", guide)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function or module, got a {type(function).__name__}")
     if isinstance(elbo, type):
         raise TypeError(f"elbo must be an object, got the class {elbo.__name__}; write {elbo.__name__}()")
     if hasattr(elbo, "differentiable_loss"):

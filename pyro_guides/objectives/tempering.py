@@ -42,7 +42,8 @@ class Tempering(Messenger):
 
     def __init__(self, only: Collection[str] | None = None) -> None:
         super().__init__()
-        if isinstance(only, str) or (only is not None and not all(isinstance(n, str) for n in only)):
+        names = isinstance(only, Collection) and not isinstance(only, str)
+        if only is not None and not (names and all(isinstance(name, str) for name in only)):
             raise TypeError(f"only must be a list of names of latents or plates, got {only!r}")
         self.step = 0
         self._only = None if only is None else frozenset(only)

@@ -48,6 +48,8 @@ def kl_weight(weight: float | Mapping[str, float]) -> Tempering:
         ...     loss = svi.step(torch.randn(5))
     """
     if isinstance(weight, Mapping):
+        if not weight:
+            raise ValueError("weight names no latents: give a number for all, or a dict that is not empty")
         return _Fixed({name: _number("weight", value, 0.0) for name, value in weight.items()})
     return _Fixed(_number("weight", weight, 0.0))
 

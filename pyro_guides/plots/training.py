@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pyro_guides.plots.drawing import FAINT, MAIN, axes
-from pyro_guides.statistics.arguments import Array
+from pyro_guides.statistics.arguments import Array, as_reals
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def losses(values: ArrayLike, ax: Axes | None = None, *, smooth: int | None = No
         >>> ax.lines[1].get_ydata()
         array([7. , 5. , 4. , 4. , 4.5])
     """
-    array = np.asarray(values, dtype=float)
+    array = as_reals("losses", values)
     if array.ndim != 1 or not np.isfinite(array).any():
         raise ValueError(
             f"losses must be a list of numbers, not all NaN or infinite, got shape {array.shape}; keep what "

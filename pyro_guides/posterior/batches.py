@@ -18,10 +18,10 @@ __all__ = ["posteriors"]
 
 def posteriors(guide: AmortizedGuide, batches: Iterable[Any], num_draws: int) -> Iterator[Posterior]:
     """See ``AmortizedGuide.posteriors``."""
-    if isinstance(batches, Tensor):
+    if isinstance(batches, (Tensor, str)) or not isinstance(batches, Iterable):
         raise TypeError(
-            "batches must be a DataLoader or another iterable of batches, got a Tensor; cut it into some "
-            "with x.split(500)"
+            "batches must be a DataLoader or another iterable of batches, got a "
+            f"{type(batches).__name__}; cut a tensor into some with x.split(500)"
         )
     shared: dict[str, Tensor] | None = None
     for batch in batches:

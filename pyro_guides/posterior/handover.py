@@ -80,6 +80,7 @@ class _WarmNUTS(NUTS):
 
 def nuts(posterior: Posterior, *, full_mass: bool, num_chains: int, **options: Any) -> WarmStart:
     """See ``Posterior.nuts``."""
+    arguments.flag("full_mass", full_mass)
     arguments.count("num_chains", num_chains, least=1)
     if posterior.num_draws < 2:
         raise ValueError("a mass matrix needs at least 2 draws; ask for more num_draws")

@@ -166,9 +166,9 @@ class Posterior:
             ValueError: a latent's value is missing, has another shape, or lies outside its support.
         """
         latents = self.query.latents
+        given = {name: self.query.checked(name, values) for name in latents}
         if unknown := [name for name in values if name not in latents]:
             raise ValueError(f"there are no latents {unknown}; they are {list(latents)}")
-        given = {name: self.query.checked(name, values) for name in latents}
         counts = {name: len(value) for name, value in given.items()}
         count = max(counts.values())
         if any(other not in (1, count) for other in counts.values()):
@@ -233,7 +233,7 @@ class Posterior:
         Raises:
             ValueError: a probability is not between 0 and 1.
         """
-        levels = torch.as_tensor(probabilities, dtype=torch.float64)
+        levels = torch.as_tensor(arguments.as_reals("quantiles", probabilities), dtype=torch.float64)
         if levels.dim() != 1 or not len(levels) or not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"quantiles must be a list of numbers from 0 to 1, got {probabilities}")
         return summaries.quantiles(self, levels)

@@ -67,7 +67,7 @@ class Prediction:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """What is noted beside the arrays: nothing."""
+        """What is noted beside the arrays, which is nothing."""
         return {}
 
 

@@ -70,10 +70,11 @@ class Query:
         opened = {
             name: plate
             for name, plate in structure.plates.items()
-            if plate.subsampled and not plate.chosen and _has_all_rows(guide, plate, args, kwargs)
+            if plate.subsampled and not plate.chosen
+            if _has_all_rows(guide, structure, plate, args, kwargs)
         }
         for latent in structure.latents.values():
-            if opened.keys() & set(latent.plates) and not latent.fixed:
+            if opened.keys() & set(latent.plates) and not latent.even:
                 raise NotImplementedError(
                     f"latent '{latent.name}' has a mask, scale or support that the model computes for its "
                     "own subsample only; use a model that takes the rows it is given whole"
@@ -261,6 +262,9 @@ class Query:
         """A given value with a dimension for draws on the left."""
         latent = self.structure.latents[name]
         natural = self.natural_shape(latent)
+        if not isinstance(values, Mapping):
+            kind = type(values).__name__
+            raise TypeError(f"values of latents must be a dict of tensors by name, got a {kind}")
         if name not in values:
             raise ValueError(f"values for all latents are needed, but '{name}' is missing")
         value = values[name]
@@ -302,8 +306,17 @@ class Query:
         return value.reshape(len(value), *gap, *natural)
 
 
-def _has_all_rows(guide: AmortizedGuide, plate: Plate, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether λ of every latent in the plate is to be had for every element."""
+def _has_all_rows(
+    guide: AmortizedGuide,
+    structure: Structure,
+    plate: Plate,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether λ of every latent in the plate, or else the data, are to be had for every element."""
+    if not any(plate.name in latent.plates for latent in structure.latents.values()):
+        seen = [site for site in structure.observed.values() if plate.name in site.plates]
+        return all(site.argument is None for site in seen)  # an argument that is observed holds a batch
     sources = {part.encodings[0].source for part in guide.network.parts if part.encodings}
     return all(
         source.size(plate.name, args, kwargs) == plate.size

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_guides.starting.density import Density
 
-__all__ = ["Normal", "best_normal", "relaxed"]
+__all__ = ["Normal", "best_normal", "peaks", "relaxed"]
 
 _ROUNDS = 40  # most climbs take fewer than ten
 _PATIENCE = 8  # of these without a higher ELBO
@@ -31,6 +31,8 @@ _SIZES = (1.0, 0.5, 0.25)  # in which a normal is tried: in a funnel, only a nar
 _ALIKE = 0.05  # nats per value that a wider normal may cost
 _SETTLED = 1e-4  # nats per round; the normal is a step ahead
 _AGREED = 1.0  # nats between the ELBOs of two climbs that need no third
+_SLIGHT = 5.0  # nats by which a mode's ELBO may lie below the best: it holds less than a hundredth, then
+_DISTINCT = 4.0  # standard deviations between modes
 _COARSE = 0.05  # standard deviations by which rounding may move a draw
 _NOWHERE = -1e29  # what stands for an infinite ELBO
 _NOISE = 64  # draws per ELBO
@@ -149,6 +151,30 @@ def best_normal(
         if agreed:
             break
     return best if highest > _NOWHERE else None
+
+
+def peaks(
+    density: Density, starts: Sequence[Tensor], blocks: Sequence[Tensor], wide: Tensor
+) -> list[tuple[float, Normal]]:
+    """The normals that climbs from all starts lead to, each mode once, with their ELBOs, the best one first.
+
+    Args:
+        density: log p.
+        starts: where climbs start, ``(N)`` each.
+        blocks: one that holds all values.
+        wide: the spread of the prior, ``(N)``.
+    """
+    noise = torch.randn(_NOISE, density.size).to(wide)
+    met = [_best_met(_climb(density, u, blocks, wide), density, noise) for u in starts]
+    found: list[tuple[float, Normal]] = []
+    for (elbo, *_), normal in sorted(met, key=lambda pair: -pair[0][0]):
+        away = [normal.loc - other.loc for _, other in found]
+        near = [
+            d @ other.precisions[0][0] @ d < _DISTINCT**2 for d, (_, other) in zip(away, found, strict=True)
+        ]
+        if elbo > max(_NOWHERE, found[0][0] - _SLIGHT if found else _NOWHERE) and not any(near):
+            found.append((elbo, normal))
+    return found
 
 
 def relaxed(density: Density, u: Tensor, first: int, wide: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_guides.families import BoundFamily
+from pyro_guides.families import BoundFamily, BoundMixture
 from pyro_guides.heads import AmortizedHead, Head, LearnedHead, WhitenedHead
 from pyro_guides.network import Network
 from pyro_guides.starting.climb import Normal
 from pyro_guides.structure import Plate
 
-__all__ = ["Place", "centre", "learned", "places", "settle"]
+__all__ = ["Place", "centre", "learned", "places", "settle", "settle_apart"]
 
 
 @final
@@ -122,6 +122,17 @@ def settle(network: Network, index: int, place: Place, plates: Mapping[str, Plat
             bias = bias + (weight @ (inner.origin - middle).unsqueeze(-1)).squeeze(-1)
     inner.bias.copy_(bias)
     network.heads[index] = WhitenedHead(inner, moving, loc, scale, inner.dims)
+
+
+def settle_apart(network: Network, index: int, locs: Tensor, covariances: Tensor, shares: Tensor) -> None:
+    """Put the components of a mixture on modes ``(M, D)``, in units of the narrowest."""
+    family, inner = network.family(index), learned(network.head(index))
+    if inner is None or not isinstance(family, BoundMixture):
+        raise TypeError(f"{network.parts[index].group} are no learned mixture")
+    middle = shares @ locs
+    unit = covariances.diagonal(dim1=-2, dim2=-1).amin(0).sqrt()
+    inner.bias.copy_(family.placed((locs - middle) / unit, covariances / (unit.unsqueeze(-1) * unit), shares))
+    network.heads[index] = WhitenedHead(inner, family.moving, middle, unit, inner.dims)
 
 
 def centre(network: Network, index: int, loc: Tensor, spread: float) -> bool:

@@ -12,15 +12,17 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from pyro_guides.arguments import check_flags
 from pyro_guides.families import BoundMixture
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.posterior import Query
 from pyro_guides.starting.density import ONCE, Repeats
-from pyro_guides.starting.placing import Place, centre, learned, settle
+from pyro_guides.starting.placing import Place, centre, learned, settle, settle_apart
 from pyro_guides.starting.target import (
     DRAWS,
     MOST_CORRELATED,
     location_and_spread,
+    posterior_modes,
     posterior_places,
     values_in,
     whole_groups,
@@ -105,6 +107,7 @@ def find_start(guide: AmortizedGuide, *args: Any, again: bool = False, **kwargs:
     """
     if not isinstance(guide, AmortizedGuide):
         raise TypeError(f"find_start(guide, ...) takes an AmortizedGuide, got a {type(guide).__name__}")
+    check_flags("find_start", again=again)
     return start_from(guide, args, kwargs, again=again)
 
 
@@ -156,6 +159,7 @@ def _settled(
     found = dict(refused)
     try:
         query = _query(guide, args, kwargs)
+        found |= _from_modes(query, found)
         settled, why = _from_posterior(query, found, repeats)
         found |= settled
         found |= _from_prior(query, found, why)
@@ -223,6 +227,22 @@ def _from_posterior(query: Query, refused: Mapping[int, str], repeats: Repeats) 
     network.heads = nn.ModuleList(heads)
     network.load_state_dict(values)
     return dict.fromkeys(chosen, "left, since its ELBO is higher where it is"), ""
+
+
+def _from_modes(query: Query, refused: Mapping[int, str]) -> dict[int, str]:
+    """Start a mixture over all latents where the posterior has its modes, if it has several; returns how."""
+    network = query.guide.network
+    group = network.parts[0].group
+    if refused or len(network.parts) > 1 or group.plates or not isinstance(network.family(0), BoundMixture):
+        return {}
+    try:
+        locs, covariances, shares = posterior_modes(query, group)
+    except _NOT_POSSIBLE:
+        return {}
+    if len(locs) < 2:
+        return {}
+    settle_apart(network, 0, locs, covariances, shares)
+    return {0: f"posterior, {len(locs)} modes"}
 
 
 def _from_prior(query: Query, settled: Mapping[int, str], why: str) -> dict[int, str]:

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_guides.groups import Group
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.posterior import Query
-from pyro_guides.starting.climb import Normal, best_normal, relaxed
+from pyro_guides.starting.climb import Normal, best_normal, peaks, relaxed
 from pyro_guides.starting.density import Density, Repeats
 from pyro_guides.starting.placing import Place, places
+from pyro_guides.starting.profile import profiled
 from pyro_guides.structure import Structure
 
 __all__ = [
     "DRAWS",
     "MOST_CORRELATED",
     "location_and_spread",
+    "posterior_modes",
     "posterior_places",
     "rows_at_once",
     "values_in",
@@ -29,7 +32,8 @@ __all__ = [
 DRAWS = 256  # of the prior
 MOST_CORRELATED = 256  # values whose Hessian is taken whole
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
-_STARTS = 4  # climbs at most: one from where q starts, the others from draws of the prior
+_STARTS = 5  # climbs at most: from where q starts, from zero, and from draws of the prior
+_SEARCHES = 16  # climbs that look for several modes
 _WIDEST = 10.0  # standard deviations of the posterior: the largest units
 
 
@@ -49,16 +53,22 @@ def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], 
     """
     network, plates = query.guide.network, query.structure.plates
     groups = {index: network.parts[index].group for index in whole_groups(query)}
-    density = Density(query, repeats, {name for group in groups.values() for name in group.sites})
-    positions = {index: density.positions(group) for index, group in groups.items()}
+    shared = {above for part in network.parts for above in part.links.upstream if above in groups}
     others = {i: part.group for i, part in enumerate(network.parts) if i not in groups}
     alone = not others
+    first = [groups[i] for i in shared] if alone and shared else [*groups.values()]
+    density = Density(query, repeats, {name for group in first for name in group.sites})
+    positions = {index: density.positions(group) for index, group in groups.items()}
     if not alone and density.size > MOST_CORRELATED:
         raise NotImplementedError(f"too many rows: {density.size:,} values, of at most {MOST_CORRELATED}")
     start = density.pack(query.draws_of(query.run(1)))
     if not alone and _has_parameters(density, start):
         raise NotImplementedError("the model has parameters of its own, which are not trained yet")
     normal = _normal(density, start, list(positions.values()))
+    if alone and shared and normal.whole:
+        _, wide = _prior(density, start)
+        count = sum(positions[i].numel() for i in shared)
+        normal = profiled(density, normal, count, wide)
     if alone:
         return places(network, normal, positions, plates), {}
     if normal.size < 1.0:  # the walls of a funnel, between which a narrow normal is not the marginal
@@ -68,6 +78,23 @@ def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], 
     found = places(network, marginal, positions, plates)
     middles = {i: normal.loc[density.positions(group)].flatten(0, -2).mean(0) for i, group in others.items()}
     return {index: place.in_units(units) for index, place in found.items()}, middles
+
+
+def posterior_modes(query: Query, group: Group) -> tuple[Tensor, Tensor, Tensor]:
+    """Locations ``(M, D)``, covariances ``(M, D, D)`` and shares ``(M)`` of the modes of a lone group.
+
+    Raises:
+        NotImplementedError: there are too many values.
+    """
+    density = Density(query)
+    if density.size > MOST_CORRELATED:
+        raise NotImplementedError(f"{density.size:,} values, of at most {MOST_CORRELATED}")
+    drawn, wide = _prior(density, density.pack(query.draws_of(query.run(1))))
+    found = peaks(density, [*drawn[:_SEARCHES]], [torch.arange(density.size).unsqueeze(0)], wide)
+    at = density.positions(group)
+    locs = torch.stack([normal.loc[at] for _, normal in found])
+    roots = torch.stack([normal.roots[0][0][at] for _, normal in found])
+    return locs, roots @ roots.mT, locs.new_tensor([elbo for elbo, _ in found]).softmax(-1)
 
 
 def values_in(structure: Structure, plates: Collection[str] = ()) -> int:
@@ -115,18 +142,14 @@ def location_and_spread(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal(density: Density, start: Tensor, groups: Sequence[Tensor]) -> Normal:
-    """The normal over all latents, from climbs that begin where q starts and at draws of the prior."""
-    query = density.query
-    try:
-        drawn = density.pack(query.model.simulate({}, query.held, count=DRAWS).values)
-    except NotImplementedError:  # an improper prior
-        drawn = start + torch.randn(DRAWS, density.size).to(start)
-    _, wide = location_and_spread(drawn)
+    """The normal over all latents, from climbs that begin where q starts, at zero and at prior draws."""
+    drawn, wide = _prior(density, start)
     blocks = [torch.arange(density.size).unsqueeze(0)]
     if density.size > MOST_CORRELATED:
         blocks = [at.reshape(-1, at.shape[-1]) for at in groups]
     wide = wide / density.counts.to(wide).sqrt()
-    starts = [*start, *drawn[: _STARTS - 1]]
+    # Zero is nobody's best guess, but near the posterior by the measure of a prior that is as good as flat.
+    starts = [*start, torch.zeros_like(drawn[0]), *drawn[: _STARTS - 2]]
     own = sum(at.numel() for at in groups)
     if own < density.size:
         starts = [relaxed(density, u, own, wide) for u in starts]
@@ -134,6 +157,16 @@ def _normal(density: Density, start: Tensor, groups: Sequence[Tensor]) -> Normal
     if normal is None:
         raise NotImplementedError("log p is finite nowhere")
     return normal
+
+
+def _prior(density: Density, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws of the prior, ``(M, N)``, and its spread."""
+    query = density.query
+    try:
+        drawn = density.pack(query.model.simulate({}, query.held, count=DRAWS).values)
+    except NotImplementedError:  # an improper prior
+        drawn = start + torch.randn(DRAWS, density.size).to(start)
+    return drawn, location_and_spread(drawn)[1]
 
 
 def _has_parameters(density: Density, u: Tensor) -> bool:

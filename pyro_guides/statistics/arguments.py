@@ -9,7 +9,18 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Array", "as_reals", "count", "generator", "increasing", "points", "probability", "unit_values"]
+__all__ = [
+    "Array",
+    "as_reals",
+    "count",
+    "flag",
+    "generator",
+    "increasing",
+    "points",
+    "probability",
+    "unit_values",
+    "whole",
+]
 
 Array = NDArray[np.float64]
 
@@ -46,10 +57,22 @@ def increasing(name: str, values: ArrayLike) -> Array:
 
 def count(name: str, value: Any, least: int = 1) -> int:
     """An int, at least ``least``."""
+    if whole(name, value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def whole(name: str, value: Any) -> int:
+    """An int of any sign."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 

@@ -31,7 +31,7 @@ def ranks_to_pit(ranks: ArrayLike, num_draws: int, rng: Generator | None = None)
 
     Args:
         ranks: how many of the S draws are below the true value, ``(n, ...)``.
-        num_draws: S.
+        num_draws: S, how many draws that is.
         rng: where v comes from.
 
     Raises:

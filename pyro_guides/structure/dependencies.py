@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.inspect import TrackProvenance, get_dependencies
-from pyro.ops.provenance import get_provenance
+from pyro.ops.provenance import detach_provenance, get_provenance
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from pyro_guides.structure.reading import mask_inside
+from pyro_guides.structure.reading import is_left_to_model, mask_inside
+from pyro_guides.structure.values import feasible_value
 
 __all__ = ["Graph", "dependencies", "live_sites", "upstream"]
 
@@ -57,9 +60,17 @@ class Graph:
 
 
 def dependencies(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Graph:
-    """Run the model and find out which sites depend on which."""
+    """Run the model and find out which sites depend on which.
+
+    What a simulator makes of latents depends on these, though it has no density that would say so.
+    """
     with poutine.block():
-        found: Any = get_dependencies(model, args, kwargs)
+        model = _Placed()(model)
+        try:
+            found: Any = get_dependencies(model, args, kwargs)
+        except NotImplementedError:
+            with _DrawsForDensities():
+                found = get_dependencies(model, args, kwargs)
     shared = found["posterior_dependencies"]
     neighbours: dict[str, set[str]] = {name: set() for name in shared}
     for name, others in shared.items():
@@ -73,6 +84,27 @@ def dependencies(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
             if parent in children and parent != child:
                 children[parent].add(child)
     return Graph(neighbours, children)
+
+
+class _Placed(Messenger):
+    """Gives latents feasible values: some of torch's samplers fail where parameters are tracked.
+
+    Those that ask a parameter for a ``new`` tensor (exponential, Laplace, Cauchy, Pareto, Weibull) get one
+    of the wrong shape.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not site_is_subsample(msg) and not is_left_to_model(msg):
+            msg["value"] = detach_provenance(feasible_value(msg))
+
+
+class _DrawsForDensities(Messenger):
+    """Puts a normal around a draw in the place of what is observed: it depends on the same latents."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not site_is_subsample(msg):
+            fn = msg["fn"]
+            msg["fn"] = dist.Normal(fn().to(torch.get_default_dtype()), 1.0).to_event(fn.event_dim)
 
 
 def upstream(groups: Sequence[Sequence[str]], graph: Mapping[str, set[str]]) -> list[set[int]]:
@@ -112,7 +144,7 @@ def live_sites(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         poutine.block(),
         TrackProvenance(),
     ):
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = poutine.trace(_Placed()(model)).get_trace(*args, **kwargs)
     nodes: dict[str, Any] = {name: trace.nodes[name] for name in trace.stochastic_nodes}
     latents = {name: site for name, site in nodes.items() if not site_is_subsample(site)}
     return frozenset(

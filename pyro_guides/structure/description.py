@@ -113,6 +113,12 @@ class Latent:
         plain = self.mask is None and self.inner_mask is None and is_one(self.scale)
         return plain and is_fixed(self.support)
 
+    @property
+    def even(self) -> bool:
+        """Whether nothing about the site can differ between the elements of its plates."""
+        masked = self.mask is not None or self.inner_mask is not None
+        return not masked and not isinstance(self.scale, Tensor) and is_fixed(self.support)
+
 
 @final
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,8 @@ class Memory:
         self._masked: set[str] = set()  # those that were, and so must be met in every reading
         self.latents = tuple(structure.latents)
         self.observed = frozenset(structure.observed)
+        # Encoders may read plates that no latent lies in, so that the sites that show them must be met, too.
+        self._showing = {site for name in structure.plates for site in _shown_by(name, structure)}
         self._kinds = {self._title(name): _kind(latent) for name, latent in structure.latents.items()}
         self._has_met_model = True  # not so in a guide that was loaded: its model may be another one
         changeable = not all(latent.fixed for latent in structure.latents.values())
@@ -123,7 +125,7 @@ class Memory:
         indices: Mapping[str, Tensor] | None = None,
     ) -> Structure:
         """Read the model as far as the guide needs it, at given values and elements of plates."""
-        until = None if self.stems else {*self.latents, *self._masked}
+        until = None if self.stems else {*self.latents, *self._masked, *self._showing}
         return read(
             model, args, kwargs, given=given, indices=indices, until=until, known=self.knows, once=True
         )
@@ -175,6 +177,13 @@ class Memory:
                 f"latents, as the first call of a loaded guide must: {'; '.join(differences)}"
             )
         self._has_met_model = True
+
+
+def _shown_by(plate: str, structure: Structure) -> list[str]:
+    """The first observed site in a plate; none if latents lie in it."""
+    if any(plate in latent.plates for latent in structure.latents.values()):
+        return []
+    return [name for name, site in structure.observed.items() if plate in site.plates][:1]
 
 
 def _kind(latent: Latent) -> str:

@@ -7,7 +7,7 @@ otherwise it is read again at every call, up to the last latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, final
 
@@ -20,17 +20,17 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Independent
 
 from pyro_guides.distributions.discrete import LARGEST_COUNT, alphabet
 from pyro_guides.distributions.transforms import bijection
 from pyro_guides.structure.changes import EscapeDetector, outer_dims
 from pyro_guides.structure.description import Latent, Observed, Plate, Structure
+from pyro_guides.structure.values import Init, feasible_value, started
 
-__all__ = ["feasible_value", "mask_inside", "random_subset", "read"]
+__all__ = ["is_left_to_model", "mask_inside", "random_subset", "read"]
 
 Model = Callable[..., Any]
-Init = Callable[[dict[str, Any]], Tensor]
 
 
 def read(
@@ -78,37 +78,6 @@ def read(
     except _AllRead:
         pass
     return reader.structure(static=kept and not escapes.found)
-
-
-def feasible_value(site: dict[str, Any]) -> Tensor:
-    """A value inside the support that costs no random number: the image of zero, or the first value."""
-    fn = site["fn"]
-    values = alphabet(fn)
-    if values is not None:
-        first = torch.zeros(fn.batch_shape + fn.event_shape, dtype=values.dtype, device=_device(fn))
-        if values.kind == "one_hot":
-            first[..., 0] = 1
-        return first
-    try:
-        transform = bijection(fn.support)
-    except NotImplementedError:
-        return fn.sample()
-    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-    like = next(_parameters(fn), torch.zeros(()))
-    return transform(torch.zeros(shape, dtype=like.dtype, device=like.device))
-
-
-def _device(fn: Distribution) -> torch.device:
-    return next(_parameters(fn), torch.zeros(())).device
-
-
-def _parameters(fn: Distribution) -> Iterator[Tensor]:
-    """The floating-point tensors of a distribution and of those it is made from."""
-    for value in vars(fn).values():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            yield value
-        elif isinstance(value, Distribution):
-            yield from _parameters(value)
 
 
 def random_subset(size: int, count: int, device: torch.device | str | None = None) -> Tensor:
@@ -181,12 +150,12 @@ class _Reader(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if _is_subsample(msg):
             self._note_subsample(msg)
-        elif not msg["is_observed"] and msg["value"] is None and not _is_left_to_model(msg):
+        elif not msg["is_observed"] and msg["value"] is None and not is_left_to_model(msg):
             _check_support(msg)
             value = self.given.get(msg["name"])
             if value is None:
                 init = feasible_value if msg["fn"].support.is_discrete else self.init
-                value = self.escapes.ignoring(init, msg)
+                value = self.escapes.ignoring(started, init, msg)
             msg["value"] = value
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
@@ -195,7 +164,7 @@ class _Reader(Messenger):
         name = msg["name"]
         if name in self.latents or name in self.observed:
             raise ValueError(f"the model has two sites named '{name}'; give every pyro.sample its own name")
-        if not msg["is_observed"] and _is_left_to_model(msg):
+        if not msg["is_observed"] and is_left_to_model(msg):
             return
         plates = tuple(plate.name for plate in self._note_plates(msg))
         if msg["is_observed"]:
@@ -321,7 +290,7 @@ def _is_subsample(msg: dict[str, Any]) -> bool:
     return type(msg["fn"]).__name__ == "_Subsample"
 
 
-def _is_left_to_model(msg: dict[str, Any]) -> bool:
+def is_left_to_model(msg: dict[str, Any]) -> bool:
     """Whether a latent is no business of the guide's: enumerated, or a plain function of others."""
     fn = msg["fn"]
     if msg["infer"].get("enumerate") and fn.has_enumerate_support:

@@ -10,6 +10,7 @@ from typing import Any
 from pyro.infer import ELBO, Trace_ELBO
 
 from pyro_guides.families import Family
+from pyro_guides.statistics.arguments import flag
 from pyro_guides.training import randomness
 from pyro_guides.training.checkpoints import Checkpoints
 from pyro_guides.training.gradients import Limit
@@ -144,6 +145,8 @@ def fit(
     """
     check_functions(model, guide, tempering)
     check_counts(batch_size=batch_size, restarts=restarts, checkpoint_every=checkpoint_every, devices=devices)
+    flag("resume", resume)
+    flag("whiten", whiten)
     elbo = Trace_ELBO() if loss is None else check_elbo(loss)
     processes = Processes(accelerator, devices, num_nodes)
     checkpoints = Checkpoints(checkpoint, checkpoint_every, resume=resume, writes=processes.first)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.objectives import differentiable_loss
-from pyro_guides.statistics.arguments import count
+from pyro_guides.statistics.arguments import count, whole
 from pyro_guides.training import randomness
 from pyro_guides.training.settings import check_elbo, check_functions
 from pyro_guides.training.weights import Weights
@@ -37,7 +37,7 @@ class GradientNoise:
 
     @property
     def ratio(self) -> dict[str, float]:
-        """Signal over noise: of about how many steps' mean the noise is as large as the signal, squared."""
+        """Signal over noise - of about how many steps' mean the noise is as large as the signal, squared."""
         signal = self.signal
         certain = {name: math.inf if signal[name] > 0.0 else 0.0 for name in signal}
         return {name: signal[name] / x if x > 0.0 else certain[name] for name, x in self.noise.items()}
@@ -98,7 +98,8 @@ def gradient_noise(
         ['encoder', "latents 'z'"]
     """
     check_functions(model, guide, None)
-    check_elbo(elbo)
+    check_elbo(elbo, "elbo")
+    whole("seed", seed)
     count("repeats", repeats)
     if repeats < 2:
         raise ValueError("repeats must be at least 2, for one gradient shows no noise")

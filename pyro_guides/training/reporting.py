@@ -9,6 +9,7 @@ from typing import Any, Protocol, final
 
 from tqdm import tqdm
 
+from pyro_guides.statistics.arguments import flag
 from pyro_guides.training.run import Run
 
 __all__ = ["MetricsLogger", "Report"]
@@ -33,6 +34,10 @@ class Report:
     """
 
     def __init__(self, progress: bool | None, logger: MetricsLogger | None, every: int = 10) -> None:
+        if progress is not None:
+            flag("progress", progress)
+        if logger is not None and (isinstance(logger, type) or not hasattr(logger, "log_metrics")):
+            raise TypeError(f"logger must be one of Lightning's, with log_metrics(...), got {logger!r}")
         self._progress = progress
         self._logger = logger
         self._every = every

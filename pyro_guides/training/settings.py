@@ -87,22 +87,25 @@ class Settings:
         """
         if self.schedule is None:
             return 1.0
-        factor = float(self.schedule((step + 1) / (self.max_steps + 1)))
+        factor = self.schedule((step + 1) / (self.max_steps + 1))
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            raise TypeError(f"schedule must return a number, got {factor!r} at step {step}")
+        factor = float(factor)
         if not math.isfinite(factor) or factor < 0.0:
             raise ValueError(f"schedule must return a factor of at least 0, got {factor} at step {step}")
         return factor
 
 
-def check_elbo(elbo: Any) -> ELBO:
-    """The ELBO that was given.
+def check_elbo(elbo: Any, name: str = "loss") -> ELBO:
+    """The ELBO that was given as an argument of this name.
 
     Raises:
         TypeError: it is none.
     """
     if isinstance(elbo, type) and issubclass(elbo, ELBO):
-        raise TypeError(f"loss must be an ELBO, got the class {elbo.__name__}; write {elbo.__name__}()")
+        raise TypeError(f"{name} must be an ELBO, got the class {elbo.__name__}; write {elbo.__name__}()")
     if not isinstance(elbo, ELBO):
-        raise TypeError(f"loss must be one of Pyro's ELBOs such as Trace_ELBO(), got {elbo!r}")
+        raise TypeError(f"{name} must be one of Pyro's ELBOs such as Trace_ELBO(), got {elbo!r}")
     return elbo
 
 

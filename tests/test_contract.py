@@ -75,6 +75,7 @@ def test_density_integrates_to_one(family, size):
     assert abs(float((density * 1.01).sum()) * volume - 1.0) > 5e-3  # the control
 
 
+@pytest.mark.crossed
 @every_family
 @pytest.mark.parametrize("size", [1, 2, 5])
 @every_dtype
@@ -125,6 +126,7 @@ def exact(bound, parameters, cost):
     return torch.autograd.grad((log_q.exp() * value).sum() * volume, parameters)[0]
 
 
+@pytest.mark.crossed
 @every_family
 @pytest.mark.parametrize("cost", [*COSTS.values(), None], ids=[*COSTS, "entropy"])
 def test_gradients_are_those_of_the_exact_expectation(family, cost):

@@ -75,6 +75,7 @@ def test_spline_is_smooth_monotone_and_linear_outside(inverse):
     assert slope.log().diff().abs().max() < 0.1  # no jumps
 
 
+@pytest.mark.crossed
 @every_kind
 @both_ways
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -46,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Singular sample:UserWarning")
 # --- every support, family, bound, plate and kind of particles: 504 combinations
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("size", [None, 20], ids=["full", "subsampled"])
 @by_particles
 @by_sum
@@ -58,6 +59,7 @@ def test_the_loss_is_the_hand_written_one(prior, family, elbo, particles, size):
     check_loss(model, guide, x, elbo=elbo, particles=particles, scale=scale)
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("size", [None, 20], ids=["full", "subsampled"])
 @by_particles
 @by_family
@@ -79,6 +81,7 @@ def test_the_mean_field_bound_takes_the_exact_divergence_where_there_is_one(prio
     assert loss == pytest.approx(expected, rel=1e-8)
 
 
+@pytest.mark.crossed
 @by_particles
 @by_family
 @pytest.mark.parametrize("prior", PRIORS)
@@ -185,6 +188,7 @@ def set_to_prior(guide, support, size):
         bias[..., : 2 * len(loc)] = torch.cat([loc, raw])
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("plate", ["none", "learned", "amortized", "subsampled"])
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_a_guide_at_the_prior_loses_exactly_nothing(name, plate):
@@ -302,6 +306,7 @@ def test_parameters_are_those_of_the_cells_taken(amortize, replayed):
 # --- shapes of models
 
 
+@pytest.mark.crossed
 @by_every_family
 @pytest.mark.parametrize("amortize", [None, ()], ids=["amortized", "learned"])
 @pytest.mark.parametrize("name", ZOO)

@@ -92,6 +92,7 @@ def test_density_integrates_to_one(name, size, batch):
     assert (integral(q, lambda u: q.log_prob(u) + 0.01) - one).abs().min() > 1e-3
 
 
+@pytest.mark.crossed
 @every_family
 @every_size
 @every_batch
@@ -111,6 +112,7 @@ def test_equals_torch_multivariate_normal(name, size, batch, dtype):
         close(q.log_prob(u.clone()), wrong.log_prob(u.double()), dtype)
 
 
+@pytest.mark.crossed
 @every_family
 @every_size
 @every_batch
@@ -196,6 +198,7 @@ def test_expand_to_own_shape_and_redraw(name, batch):
     close(q.log_prob(second), q.log_prob(second.clone()))
 
 
+@pytest.mark.crossed
 @every_family
 @every_size
 @every_batch
@@ -282,6 +285,7 @@ def test_scored_gives_the_exact_marginal(name, size, batch):
     assert not torch.allclose(q.log_prob(u), everything.log_prob(u))
 
 
+@pytest.mark.crossed
 @every_family
 @every_size
 @every_batch
@@ -332,6 +336,7 @@ def test_select_is_the_marginal(name, masked):
     close(bound.select(parameters, 0, 5).log_prob(u.new_ones(5)), whole.log_prob(u.new_ones(5)))
 
 
+@pytest.mark.crossed
 @every_family
 @every_size
 @every_batch

@@ -64,6 +64,7 @@ def twins(model, *args, kind, **options):
 # --- at the same draws
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize(("elbo", "kind"), CASES)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradient_is_that_of_the_loss(name, kind, elbo):
@@ -88,6 +89,7 @@ def check_finite_differences(elbo, model, guide, *args, step=1e-5):
         assert float(gradient @ direction) == pytest.approx(slope, rel=1e-5, abs=1e-5), "finite differences"
 
 
+@pytest.mark.crossed
 @by_bound
 @by_kind
 @pytest.mark.parametrize("name", MODELS)

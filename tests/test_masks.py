@@ -37,6 +37,7 @@ MODELS = {name: (*case, None) for name, case in ZOO.items()}
 MODELS |= {f"mask {kind}": (masked(kind)[0], (rows(),), 1, 1.0, masked(kind)[1]) for kind in MASKS}
 
 
+@pytest.mark.crossed
 @by_particles
 @by_sum
 @by_every_family
@@ -112,6 +113,7 @@ def test_unseen_values_of_an_observed_site_are_latents(family, particles):
     check_loss(partly_seen, guide, *args, particles=particles, masks=masks)
 
 
+@pytest.mark.crossed
 @by_family
 @pytest.mark.parametrize("name", MODELS)
 def test_exact_divergences_do_not_change_the_mean(name, family):

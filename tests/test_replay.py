@@ -51,6 +51,7 @@ def total(densities, scale=1.0):
 # --- scores of given values
 
 
+@pytest.mark.crossed
 @pytest.mark.parametrize("particles", [(), (3,), (2, 3)], ids=str)
 @by_every_family
 @pytest.mark.parametrize("name", MODELS)
@@ -148,6 +149,7 @@ def test_sleep_needs_data_that_are_arguments():
         guide(rows(), observations={"x": rows().unsqueeze(-2)})
 
 
+@pytest.mark.crossed
 @by_every_family
 @pytest.mark.parametrize("name", [*(f"Local {prior}" for prior in PRIORS), "hierarchy", "crossed"])
 def test_wake_weights_the_score_of_detached_values(name, family):

@@ -112,6 +112,7 @@ def test_round_trip_shapes_and_support(name):
     assert transform.bijective
 
 
+@pytest.mark.crossed
 @every_constraint
 @pytest.mark.parametrize("seed", range(3))
 def test_log_determinant_equals_autograd(name, seed):

@@ -37,8 +37,11 @@ bench: $(VENV)/.bench  ## Measure accuracy and speed in ten minutes, into build/
 bench-full: $(VENV)/.bench  ## Measure everything in hours, into docs/
 	@$(RUN) -m tests.benchmarks --tier full --out docs/benchmarks.json
 
+faults: $(VENV)/.dev  ## Plant faults in a copy, which the tests must catch
+	@$(RUN) -m tests.faults
+
 docs: $(VENV)/.dev  ## Build the documentation into build/docs
-	$(RUN) -m sphinx -W -b html docs build/docs
+	$(RUN) -m sphinx -q -W --keep-going -b html docs build/docs
 
 lint: $(VENV)/.dev  ## Check style, format and types
 	$(RUN) -m ruff check

@@ -65,6 +65,10 @@ def pytest_configure():
     torch.set_num_threads(1)
 
 
+# Runs in an environment of its own, with a package that is not wanted here.
+collect_ignore = ["tests/benchmarks/sbibm/with_sbi.py"]
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
 def pytest_collection_modifyitems(items):
     """Of large products of parametrizations, all tiers but the last run a third: the same one every time."""

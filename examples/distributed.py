@@ -7,7 +7,7 @@ noise. Each prints how many images a second it got through; the validation ELBO 
     python examples/distributed.py --devices 2                    # starts the second process itself
     torchrun --standalone --nproc_per_node 2 examples/distributed.py --devices 2  # or torchrun does
     python examples/distributed.py --devices 2 --accelerator gpu  # one process per GPU
-    python examples/distributed.py --devices 2 --steps 20         # a quick look
+    python examples/distributed.py --devices 2 --short            # 20 steps only
 
 A network this small gains nothing from it on one machine: a step takes milliseconds, as does an average.
 """
@@ -56,5 +56,7 @@ if __name__ == "__main__":
     parser.add_argument("--accelerator", default="cpu", help="cpu, gpu or auto")
     parser.add_argument("--steps", type=int, default=2500, help="training steps")
     parser.add_argument("--batch-size", type=int, default=128, help="of all processes together")
+    parser.add_argument("--short", action="store_true", help="20 steps only: does it run?")
     arguments = parser.parse_args()
-    main(arguments.devices, arguments.accelerator, arguments.steps, arguments.batch_size)
+    steps = 20 if arguments.short else arguments.steps
+    main(arguments.devices, arguments.accelerator, steps, arguments.batch_size)

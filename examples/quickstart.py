@@ -10,7 +10,7 @@ Two models of the same images, each written as ordinary Pyro code:
 Each is fitted with three families on 1,497 images, and judged on 300 that training never saw.
 
     python examples/quickstart.py            # about a minute
-    python examples/quickstart.py --steps 50 # a quick look
+    python examples/quickstart.py --short    # 10 steps only
 """
 
 import argparse
@@ -213,6 +213,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2500, help="training steps per fit")
     parser.add_argument("--output", type=Path, default=Path("examples/output"))
+    parser.add_argument("--short", action="store_true", help="10 steps only: does it run?")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # layers this small are slower on several threads
-    main(arguments.steps, arguments.output)
+    main(10 if arguments.short else arguments.steps, arguments.output)

@@ -9,7 +9,7 @@ It is known: this is the factor model of quickstart.py, so that every verdict ca
 5. Hand draws, predictions and the prior to ArviZ, and draw everything.
 
     python examples/trust.py             # about a minute
-    python examples/trust.py --steps 100 # a quick look
+    python examples/trust.py --short     # 20 steps only
 """
 
 import argparse
@@ -135,6 +135,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1200, help="training steps per fit")
     parser.add_argument("--output", type=Path, default=Path("examples/output"))
+    parser.add_argument("--short", action="store_true", help="20 steps only: does it run?")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # layers this small are slower on several threads
-    main(arguments.steps, arguments.output)
+    main(20 if arguments.short else arguments.steps, arguments.output)

@@ -1,16 +1,14 @@
 """The benchmarks run, and a step at a fixed batch touches nothing as long as the data set."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
 
-from tests.benchmarks import clock, report, speed
+from tests.benchmarks import clock
+from tests.benchmarks.speed import steps as speed
 
 ROOT = Path(__file__).parents[1]
 QUICK = clock.Effort(rounds=2, steps=1, warmup=1)
@@ -91,37 +89,3 @@ def test_the_counter_sees_backward_passes_but_no_views():
     found = clock.allocations(lambda: (x.view(10, 10)[0] * 2.0).sum().backward())
     assert found.largest == 100  # the gradient of the slice
     assert clock.allocations(lambda: x.detach().view(10, 10)[0]) == clock.Allocations(0, 0)
-
-
-# --- the report
-
-
-def test_the_table_shows_every_number_and_verdict():
-    results = [
-        report.Result("a", "X", 0.5, 0.01, target=1.0),
-        report.Result("b", "X", 2.0, target=1.0),
-        report.Result("c", "X", math.nan, target=1.0),
-        report.Result("d", "X", 3.0),
-    ]
-    assert [result.verdict for result in results] == ["met", "missed", "missed", ""]
-    lines = report.markdown(results).splitlines()
-    assert lines[2] == "| a | X | 0.5 | 0.01 | ≤ 1 | met |"
-    assert len(lines) == 6
-
-
-def test_the_command_writes_what_it_measured(tmp_path):
-    script = (
-        "import tests.benchmarks.__main__ as main\n"
-        "from tests.benchmarks.report import Result\n"
-        "main.BENCHMARKS = {'speed': lambda: [Result('a', 'X', 0.5, target=1.0)]}\n"
-        "main.main()"
-    )
-    out = tmp_path / "numbers.json"
-    run = subprocess.run(
-        [sys.executable, "-c", script, "--out", str(out)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert run.returncode == 0, run.stderr
-    assert "| a | X | 0.5 |" in run.stdout
-    written = json.loads(out.read_text())
-    assert {"versions", "seed", "threads", "results"} <= written.keys()
-    assert written["results"]["speed"][0]["verdict"] == "met"

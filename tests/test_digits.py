@@ -5,7 +5,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import pyro
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -80,12 +79,3 @@ def test_only_scaled_layers_are_stable_at_a_large_learning_rate(model, images, m
             losses.append(svi.step(images[0][torch.randint(len(images[0]), (128,))]) / 128)
     stable = len(losses) == 400 and max(losses[100:]) < 200
     assert stable != ordinary
-
-
-@pytest.mark.slow
-def test_quickstart_runs_and_saves_what_it_says(quickstart, tmp_path, capsys):
-    pyro.clear_param_store()
-    quickstart.main(60, tmp_path)
-    printed = capsys.readouterr().out
-    assert "FullRankNormal()" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.nc", "digits.png"}

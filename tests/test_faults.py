@@ -31,6 +31,7 @@ def test_there_are_a_dozen_and_one_that_has_moved_is_told():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # each runs tests of its own: `make faults` shows them
 @by_fault
 def test_a_fault_is_caught(fault):
     assert faults.caught_by(fault, fault.tests)

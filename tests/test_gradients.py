@@ -292,6 +292,7 @@ def gradient_variance(model, guide, x):
     return float(torch.stack(gradients).var(0).max())
 
 
+@pytest.mark.crossed
 @by_kind
 @pytest.mark.parametrize("amortized", [True, False], ids=["amortized", "learned"])
 @pytest.mark.parametrize("exact", [exact_rows, exact_tree])

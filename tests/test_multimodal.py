@@ -1,7 +1,6 @@
 """Posteriors with several modes: mixtures and flows against exact answers, with a normal as the control."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pyro
@@ -14,8 +13,8 @@ from sklearn.neural_network import MLPClassifier
 from torch.nn.functional import logsigmoid
 
 from pyro_guides import AmortizedGuide, FullRankNormal, NormalizingFlow, NormalMixture, optim
+from tests.problems import path_of
 
-DATA = Path(__file__).parent / "data" / "two_moons.npz"
 ROOT_TWO = math.sqrt(2.0)
 
 
@@ -145,7 +144,7 @@ def test_two_moons(family, steps, least, most):
     guide = AmortizedGuide(two_moons, family=family, inputs=lambda x, _: x)
     guide.setup(simulate(10_000), torch.tensor(1.0))
     train(two_moons, guide, batches, 3e-3, steps)
-    stored = np.load(DATA)
+    stored = np.load(path_of("two_moons"))
     observations = torch.tensor(stored["observations"])
     draws = guide.posterior(observations, torch.tensor(0.0), num_draws=5000).draws["theta"].numpy()
     scores = [c2st(r, draws[:, i]) for i, r in enumerate(stored["reference_samples"])]

@@ -20,7 +20,7 @@ from pyro_guides.starting.density import Density
 __all__ = ["profiled"]
 
 _SWEEPS = 4  # at most
-_MOST = 16  # values that come first: each sweep integrates the rest out anew for every one
+_MOST_FIRST, _MOST = 16, 128  # values: each sweep integrates the rest out anew for every first one
 _REACH = (-4.0, -2.0, 2.0, 4.0)  # in units of the width along a coordinate
 _CHANGE = 4.0  # by which a width may change in a sweep
 
@@ -34,12 +34,12 @@ def profiled(density: Density, normal: Normal, first: int, wide: Tensor) -> Norm
         first: how many values come first, V.
         wide: the spread of the prior, ``(N)``.
 
-    Beyond 16 first values the normal is left as it is.
+    Beyond 16 first or 128 values the normal is left as it is.
 
     Source: Havard Rue, Sara Martino, Nicolas Chopin, "Approximate Bayesian Inference for Latent Gaussian
     Models by Using Integrated Nested Laplace Approximations", JRSS B 2009.
     """
-    if first > _MOST:
+    if first > _MOST_FIRST or density.size > _MOST:
         return normal
     width = (normal.roots[0][0] @ normal.roots[0][0].mT).diagonal()[:first].sqrt()
     here = _marginal(density, normal.loc, first, wide)

@@ -64,13 +64,17 @@ def find_start(guide: AmortizedGuide, *args: Any, again: bool = False, **kwargs:
     * Where all groups are learned, a and L come from the normal with the highest ELBO of those met while
       climbing :math:`\log p(x, u)` from several starts. Families without correlations get the *conditional*
       standard deviations, at which their ELBO is highest. Where all is normal and q can hold it, q is exact.
+      Values that other groups depend on, such as the scales of a hierarchy, get location and widths of their
+      marginal, from which Laplace's method integrates the rest (16 of them and 128 values in all, at most).
+    * A mixture over all latents starts with its components on the modes that climbs from 16 draws of the
+      prior find, each weighing its share, if they find several.
     * Where others are amortized, a and L are those of the marginal, and all elements of an amortized group
       start in their middle. The rows must be few, 256 values at most, and the model must not have parameters
       of its own, which move the posterior as they are trained. :func:`~pyro_guides.fit` takes some rows, each
       counted as often as there are rows like it.
-    * Where that is not possible - many rows, discrete latents, a funnel - and for mixtures, which are to find
-      several modes, a and L are location and spread of the prior; q stays centred where ``init_loc_fn`` has
-      put it, if that is inside.
+    * Where that is not possible - many rows, discrete latents, a funnel beside amortized rows - and for other
+      mixtures, which are to find several modes, a and L are location and spread of the prior; q stays centred
+      where ``init_loc_fn`` has put it, if that is inside.
     * What is neither possible nor better is left as it was; the result and the log ``pyro_guides`` say so.
 
     Sets the guide up if need be: call it with all rows, then. A model that subsamples its rows by itself is

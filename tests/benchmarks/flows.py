@@ -20,7 +20,7 @@ from pyro_guides.distributions.vector import PushForward
 from pyro_guides.families import SMALLEST_SCALE, FullRankNormal
 from pyro_guides.families.flow import NormalizingFlow
 from tests.benchmarks.clock import Effort, Step, compare, isolated, seeded
-from tests.benchmarks.report import Result
+from tests.benchmarks.report import Report, Result, Tier
 
 __all__ = ["against_torch", "against_zuko", "run"]
 
@@ -153,19 +153,15 @@ def against_torch(size: int, effort: Effort) -> list[Result]:
     return [Result("full-rank normal / MultivariateNormal", f"D={size}, B={BATCH}", *ratio, target=0.8)]
 
 
-def run(effort: Effort = Effort(rounds=20, steps=5, warmup=5)) -> list[Result]:  # noqa: B008 - frozen
-    """All measurements of this module."""
+def run(tier: Tier) -> Report:
+    """All measurements of this module, or those of one size and fewer rounds."""
+    full = tier == "full"
+    effort = Effort(rounds=20 if full else 5, steps=5, warmup=5)
     results = []
     with isolated():
         for kind in KINDS:
-            for size in SIZES:
+            for size in SIZES if full else (8,):
                 with unvalidated():
                     results += against_zuko(kind, size, effort)
         results += against_torch(8, effort)
-    return results
-
-
-if __name__ == "__main__":
-    from tests.benchmarks.report import markdown
-
-    print(markdown(run()))
+    return Report(results)

@@ -22,7 +22,7 @@ from pyro.infer import SVI
 
 from pyro_guides import optim
 from tests.benchmarks.clock import SEED, isolated
-from tests.benchmarks.report import Result
+from tests.benchmarks.report import Report, Result, Table, Tier
 from tests.gallery import EXAMPLES, Data, Example
 
 __all__ = ["Bound", "Row", "bound", "held_out_bound", "measure", "run", "table"]
@@ -109,28 +109,31 @@ def measure(example: Example, *, steps: int | None = None, draws: int = DRAWS) -
     return Row(example, best.train, best.held_out, other, rates, best.seconds)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """What was reached, as a Markdown table."""
-    lines = [
-        "| example | the guide | nats per | guide | `AutoNormal` | guide, held-out rows |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row.example.name} | `{_one_line(row.example)}` | {row.example.row} "
-        f"| {row.guide} | {row.autoguide} | {row.held_out} |"
+def table(rows: Sequence[Row]) -> Table:
+    """What was reached."""
+    columns = ("example", "the guide", "nats per", "guide", "`AutoNormal`", "guide, held-out rows")
+    cells = [
+        [
+            row.example.name,
+            f"`{_one_line(row.example)}`",
+            row.example.row,
+            *map(str, (row.guide, row.autoguide, row.held_out)),
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    note = f"Evidence lower bounds in nats, means of {DRAWS} draws; higher is better."
+    return Table("Bounds of the gallery", columns, cells, note)
 
 
-def run(steps: int | None = None, draws: int = DRAWS) -> list[Result]:
-    """Train everything, print the table, and return its numbers."""
+def run(tier: Tier) -> Report:
+    """Train everything; nothing if it is to be quick."""
+    if tier == "quick":
+        return Report()
     rows = []
     for example in EXAMPLES:
-        rows.append(measure(example, steps=steps, draws=draws))
+        rows.append(measure(example))
         print(f"{example.name}: {rows[-1].seconds:.0f} s a training, rates {rows[-1].rates}", flush=True)
-    print(f"\n{table(rows)}\n")
-    return [result for row in rows for result in _results(row)]
+    return Report([result for row in rows for result in _results(row)], [table(rows)])
 
 
 def _results(row: Row) -> list[Result]:

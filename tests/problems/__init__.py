@@ -1,7 +1,7 @@
 """Problems with exact or trusted answers: Pyro models as users write them, their data, and what is known.
 
-Nothing here knows of guides. ``tests/test_problems.py`` checks every answer; ``tests/data/README.md`` names
-the source of every file.
+Nothing here knows of guides. ``tests/test_problems.py`` checks every answer; a ``README.md`` beside the
+files, in ``tests/data`` and ``examples/data``, names the source of each.
 """
 
 from pathlib import Path
@@ -10,12 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-DATA = Path(__file__).parents[1] / "data"
+ROOT = Path(__file__).parents[2]
+FOLDERS = ROOT / "tests" / "data", ROOT / "examples" / "data"
+
+
+def path_of(name):
+    """Return the data file of this name, be it the tests' own or one of the examples'."""
+    return next(path for folder in FOLDERS if (path := folder / f"{name}.npz").exists())
 
 
 def stored(name, dtype=torch.float32):
     """Return a file's arrays as tensors: floats in ``dtype``, whole numbers as int64; names as a list."""
-    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+    with np.load(path_of(name), allow_pickle=False) as file:
         return {key: _convert(file[key], dtype) for key in file}
 
 

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import nn
 from torch.nn.functional import softplus
 
-from . import DATA
+from . import path_of
 
 NOTES = 88
 SMALLEST_SCALE = 1e-3
@@ -21,7 +21,7 @@ SMALLEST_SCALE = 1e-3
 
 def load(split, dtype=torch.float32):
     """Return the notes (B, T, 88), zero after the end, and the lengths (B,), of train, valid or test."""
-    with np.load(DATA / "chorales.npz", allow_pickle=False) as file:
+    with np.load(path_of("chorales"), allow_pickle=False) as file:
         steps = np.unpackbits(file[split], axis=1, count=NOTES)
         lengths = torch.as_tensor(file[f"{split}_lengths"].astype(np.int64))
     rows = torch.as_tensor(steps, dtype=dtype).split(lengths.tolist())

@@ -1,4 +1,4 @@
-"""What a training step costs: against guides written by hand, against N, and against particles.
+"""A training step: against guides written by hand, against N, and against particles.
 
 The task is a variational autoencoder of binary rows, the model with the least work around its guide. All
 candidates share the decoder's and the encoder's layers, the batch and the learning rate.
@@ -19,10 +19,23 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from pyro_guides import MLP, AmortizedGuide, DiagonalNormal, FullRankNormal, LowRankNormal, optim
-from tests.benchmarks.clock import Effort, Step, Timing, allocations, compare, isolated, seeded
+from tests.benchmarks.clock import Effort, Step, Timing, allocations, compare, seeded
 from tests.benchmarks.report import Result
 
-__all__ = ["against_hand", "against_particles", "against_reading", "against_rows", "families", "run"]
+__all__ = [
+    "LARGE",
+    "RATE",
+    "SMALL",
+    "Size",
+    "against_hand",
+    "against_particles",
+    "against_reading",
+    "against_rows",
+    "families",
+    "hand",
+    "ours",
+    "textbook",
+]
 
 HIDDEN = 256
 RATE = 1e-3
@@ -207,6 +220,7 @@ def against_hand(size: Size, effort: Effort) -> list[Result]:
         ratio("MLP", "hand", "guide with the default encoder / hand-written guide"),
         ratio("MLP", "ours", "guide with the default encoder / with the trunk"),
         ratio("textbook fused", "hand", "plain PyTorch, fused Adam / hand-written guide"),
+        ratio("hand fused", "textbook", "hand-written guide with our optimizer / plain PyTorch"),
         Result("guide, ms of CPU", str(size), timings["ours"].milliseconds),
     ]
 
@@ -278,19 +292,3 @@ def against_particles(size: Size, effort: Effort, particles: int = 10) -> list[R
         Result("vectorized particles / hand-written", where, *timings["vectorized"].over(timings["hand"])),
         Result("encoder passes per step", where, float(len(passes)), target=1.0),
     ]
-
-
-def run(effort: Effort | None = None) -> list[Result]:
-    """All measurements."""
-    effort = effort or Effort()
-    results = []
-    with isolated():
-        for size in (LARGE, SMALL):
-            results += against_hand(size, effort)
-        for size in (LARGE, SMALL):
-            results += families(size, effort)
-        results += against_reading(LARGE, effort)
-        results += against_rows(SMALL, effort)
-        for size in (LARGE, SMALL):
-            results += against_particles(size, effort)
-    return results

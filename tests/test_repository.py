@@ -13,7 +13,6 @@ PACKAGE = ROOT / "pyro_guides"
 
 # layer -> the layers it may import when it is imported itself
 ARROWS = {
-    "arguments": set(),
     "distributions": set(),
     "layers": set(),
     "naming": set(),
@@ -22,6 +21,7 @@ ARROWS = {
     "export": {"variables"},
     "netcdf": {"export", "variables"},
     "statistics": set(),
+    "arguments": {"statistics"},
     "vectorized": set(),
     "structure": {"distributions"},
     "encoders": {"arguments", "layers"},

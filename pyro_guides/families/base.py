@@ -9,13 +9,11 @@ whether λ is learned, amortized by an encoder or refined for one datum, nor wha
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
-from pyro_guides.arguments import check_flags
 from pyro_guides.distributions import VectorDistribution
 
 __all__ = [
@@ -25,9 +23,6 @@ __all__ = [
     "Family",
     "Maps",
     "Moving",
-    "check_choice",
-    "check_count",
-    "check_flags",
 ]
 
 # What takes the noise out of a score function, where a family has one.
@@ -147,17 +142,3 @@ class Moving(nn.Module):
         own, rest = parameters.tensor_split([self.family.width], dim=-1)
         moved = self.family.move(own, loc, scale)
         return torch.cat([moved, rest], dim=-1) if rest.shape[-1] else moved
-
-
-def check_choice(family: str, argument: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raise a ValueError unless ``value`` is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"{family}: {argument} must be one of {list(choices)}, got {value!r}")
-
-
-def check_count(family: str, argument: str, value: Any, least: int, instead: str) -> None:
-    """Raise a TypeError or ValueError unless ``value`` is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{family}: {argument} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{family}: {argument} must be at least {least}, got {value}; {instead}")

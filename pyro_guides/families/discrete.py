@@ -7,8 +7,9 @@ from typing import Any, Literal, cast, final
 
 from torch import Tensor
 
+from pyro_guides.arguments import check_choice
 from pyro_guides.distributions import Alphabet
-from pyro_guides.families.base import BASELINES, Baseline, BoundFamily, Family, check_choice
+from pyro_guides.families.base import BASELINES, Baseline, BoundFamily, Family
 
 __all__ = ["BoundDiscrete", "Discrete"]
 

@@ -9,10 +9,10 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from pyro_guides.arguments import check_flags
+from pyro_guides.arguments import check_choice, check_count, check_flags
 from pyro_guides.distributions.flow import VectorFlow
 from pyro_guides.distributions.normal import VectorNormal
-from pyro_guides.families.base import BoundFamily, Family, Moving, check_choice, check_count
+from pyro_guides.families.base import BoundFamily, Family, Moving
 from pyro_guides.families.couplings import KINDS, CouplingFlow
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal, LowRankNormal
 

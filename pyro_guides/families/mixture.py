@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from pyro_guides.arguments import check_choice, check_count, check_flags
 from pyro_guides.distributions import VectorMixture
-from pyro_guides.families.base import (
-    BASELINES,
-    Baseline,
-    BoundFamily,
-    Family,
-    check_choice,
-    check_count,
-    check_flags,
-)
+from pyro_guides.families.base import BASELINES, Baseline, BoundFamily, Family
 from pyro_guides.families.normal import DiagonalNormal, FullRankNormal
 
 __all__ = ["BoundMixture", "NormalMixture"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_guides.arguments import check_flags
+from pyro_guides.arguments import check_count, check_flags
 from pyro_guides.distributions import (
     CholeskyScale,
     DiagonalScale,
@@ -19,7 +19,7 @@ from pyro_guides.distributions import (
     Scale,
     VectorNormal,
 )
-from pyro_guides.families.base import BoundFamily, Family, Maps, check_count
+from pyro_guides.families.base import BoundFamily, Family, Maps
 
 __all__ = ["SMALLEST_SCALE", "DiagonalNormal", "FullRankNormal", "LowRankNormal"]
 

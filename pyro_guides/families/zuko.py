@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call
 
-from pyro_guides.arguments import check_flags
+from pyro_guides.arguments import check_count, check_flags
 from pyro_guides.distributions.flow import fixed_scale
 from pyro_guides.distributions.normal import VectorNormal
 from pyro_guides.distributions.vector import Shape, VectorDistribution, score_parts
-from pyro_guides.families.base import BoundFamily, Family, check_count
+from pyro_guides.families.base import BoundFamily, Family
 from pyro_guides.families.flow import BoundAround, check_base
 from pyro_guides.families.normal import FullRankNormal
 

@@ -64,9 +64,9 @@ def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], 
     start = density.pack(query.draws_of(query.run(1)))
     if not alone and _has_parameters(density, start):
         raise NotImplementedError("the model has parameters of its own, which are not trained yet")
-    normal = _normal(density, start, list(positions.values()))
+    drawn, wide = _prior(density, start)
+    normal = _normal(density, start, drawn, wide, list(positions.values()))
     if alone and shared and normal.whole:
-        _, wide = _prior(density, start)
         count = sum(positions[i].numel() for i in shared)
         normal = profiled(density, normal, count, wide)
     if alone:
@@ -141,9 +141,8 @@ def location_and_spread(draws: Tensor) -> tuple[Tensor, Tensor]:
     return middle, torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def _normal(density: Density, start: Tensor, groups: Sequence[Tensor]) -> Normal:
+def _normal(density: Density, start: Tensor, drawn: Tensor, wide: Tensor, groups: Sequence[Tensor]) -> Normal:
     """The normal over all latents, from climbs that begin where q starts, at zero and at prior draws."""
-    drawn, wide = _prior(density, start)
     blocks = [torch.arange(density.size).unsqueeze(0)]
     if density.size > MOST_CORRELATED:
         blocks = [at.reshape(-1, at.shape[-1]) for at in groups]

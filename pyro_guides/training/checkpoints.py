@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Any, final
 
@@ -38,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, path: str | Path | None, every: int, *, resume: bool, writes: bool = True) -> None:
-        if path is not None and not isinstance(path, (str, PathLike)):
+        if path is not None and not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"checkpoint must be a path or None, got {path!r}")
         self._path = None if path is None else Path(path)
         self._every = every

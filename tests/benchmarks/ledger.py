@@ -25,19 +25,20 @@ __all__ = ["entry", "page", "read", "record"]
 
 INTRODUCTION = """# Benchmarks
 
-Every number here comes from one command: `make bench-full` writes this page and `benchmarks.json`,
-`make bench` a quick version of both into `build/`. Spreads are half the distance between quartiles.
+Every number comes from the command that stands above it; `make bench-full` runs them all and writes this page
+and `benchmarks.json`, `make bench` a quick version of both into `build/`. What is not here was not measured.
+Spreads are half the distance between quartiles.
 A *target* is what the figure was meant to reach; those that were missed are shown like the others.
 """
 
 
-def entry(name: str, about: str, tier: Tier, seconds: float, report: Report) -> dict[str, Any]:
-    """What the ledger keeps of one benchmark."""
+def entry(name: str, about: str, tier: Tier, seconds: float | None, report: Report) -> dict[str, Any]:
+    """What the ledger keeps of one benchmark; without seconds if its parts were run one at a time."""
     return {
         "command": f"python -m tests.benchmarks --tier {tier} --only {name}",
         "about": about.strip(),
         "tier": tier,
-        "seconds": round(seconds),
+        "seconds": None if seconds is None else round(seconds),
         "versions": {
             "pyro_guides": pyro_guides.__version__,
             "pyro": pyro.__version__,
@@ -73,11 +74,12 @@ def page(entries: dict[str, Any]) -> str:
 
 def _section(name: str, found: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    took = "" if found["seconds"] is None else f"{found['seconds'] / 60:.1f} minutes, "
     parts = [
         f"## {name.capitalize()}",
         found["about"],
-        f"`{found['command']}`: {found['seconds'] / 60:.1f} minutes on {found['machine']}, one thread "
-        f"per run, seed {found['seed']}; {versions}.",
+        f"`{found['command']}`: {took}{found['machine']}, one thread per run, seed {found['seed']}; "
+        f"{versions}.",
     ]
     if found["results"]:
         parts.append(markdown([_result(kept) for kept in found["results"]]))

@@ -210,7 +210,7 @@ def test_training_is_from_simulations_alone(monkeypatch):
 def test_tables_and_results():
     """Made-up scores: 0.55 everywhere, but 0.51 where methods are resampled."""
     draws = {stage: np.zeros((2, 3, 2)) for stage in STAGES}
-    gaps = {stage: np.array([0.1, 0.3]) for stage in STAGES[:2]}
+    gaps = {stage: np.array([0.1, 0.3]) for stage in ("amortized", "refined")}
     outcomes = [Outcome(name, draws, gaps, np.ones(2), np.ones(2), 60.0, 1000, 5.0) for name in TASKS]
     scores = {
         name: {stage: np.full(2, 0.51 if stage == "resampled" else 0.55) for stage in STAGES}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -20,9 +21,17 @@ def each(function: Callable[..., Any], items: Iterable[Any], processes: int | No
     parameter stores are its own business (``clock.isolated``).
     """
     context = get_context("spawn")  # a fork would inherit torch's threads in whatever state they are
+    work = list(items)
     workers = processes or os.cpu_count() or 1
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_alone) as pool:
-        return list(pool.map(function, items))
+        return list(_told(pool.map(function, work), len(work)))
+
+
+def _told(results: Iterator[Any], count: int) -> Iterator[Any]:
+    """The results, each announced as it comes: some runs take an hour."""
+    for done, result in enumerate(results, start=1):
+        print(f"{done} of {count}", file=sys.stderr, flush=True)
+        yield result
 
 
 def _alone() -> None:

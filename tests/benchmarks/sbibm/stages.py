@@ -21,7 +21,7 @@ from tests.benchmarks.sbibm.training import trained
 
 __all__ = ["STAGES", "Outcome", "Request", "study"]
 
-STAGES = ("amortized", "refined", "resampled")
+STAGES = ("amortized", "resampled")  # those whose draws are scored
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Outcome:
         efficiency: effective size of the draws that were resampled over their number, by observation.
         distinct: the share of the resampled draws that differ.
         training: seconds; and how many data sets were simulated.
-        serving: seconds that all three stages took, for all observations together.
+        serving: seconds that drawing, refinement and resampling took, for all observations together.
     """
 
     task: str
@@ -80,18 +80,17 @@ def study(request: Request) -> Outcome:
         refined = amortized.refine()
         proposals = [Posterior(q.query, num_draws=request.proposals) for q in (amortized, refined)]
         size = torch.stack([q.effective_size for q in proposals])  # (2, observations)
-        draws = {"amortized": _array(amortized), "refined": _array(refined)}
         first, second = (_array(q.resample(request.draws)) for q in proposals)
-        draws["resampled"] = np.where((size[1] > size[0]).numpy()[:, None, None], second, first)
+        resampled = np.where((size[1] > size[0]).numpy()[:, None, None], second, first)
         return Outcome(
             request.task,
-            draws,
+            {"amortized": _array(amortized), "resampled": resampled},
             {
                 "amortized": (evidence - amortized.elbo).numpy(),
                 "refined": (evidence - refined.elbo).numpy(),
             },
             (size.amax(0) / request.proposals).numpy(),
-            np.array([len(np.unique(d, axis=0)) / len(d) for d in draws["resampled"]]),
+            np.array([len(np.unique(d, axis=0)) / len(d) for d in resampled]),
             found.seconds,
             found.simulations,
             time.perf_counter() - start,

@@ -110,7 +110,13 @@ def _shared(check: Check) -> list[str]:
     k_hat, size, count = (check.shared[name] for name in ("k_hat", "effective_size", "num_draws"))
     names = ", ".join(check.held)
     line = f"Shared latents ({names}): k_hat {k_hat:.2f}, {size:.0f} of {count} draws effective."
-    return [line] if k_hat < check.threshold else [line, "Next: train longer, or a richer family for these."]
+    if k_hat < check.threshold:
+        return [line]
+    return [
+        line,
+        "Next: train longer, or a richer family for these. This compares q with their posterior given these "
+        "rows: if they are not those of training, judge the rows alone, and these on training rows.",
+    ]
 
 
 def _mean(values: Tensor) -> float:

@@ -6,7 +6,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 
-from tests.benchmarks.accuracy.fitting import OURS, PYROS, STEPS, trained, workplace
+from tests.benchmarks.accuracy.fitting import OURS, PYROS, trained, workplace
 from tests.benchmarks.accuracy.hierarchies import hierarchies
 from tests.benchmarks.accuracy.mixtures import mixtures
 from tests.benchmarks.accuracy.regressions import generalized, linear
@@ -26,6 +26,7 @@ _QUICK = (
     "low_dim_gauss_mix_collapse",
 )
 _QUICK_STEPS = 250
+_STEPS, _HIERARCHY_STEPS = 750, 3000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Job:
     target: str
     guide: str
     seed: int = 0
-    steps: int = STEPS
+    steps: int = _STEPS
     draws: int = DRAWS
 
 
@@ -53,7 +54,12 @@ def jobs(tier: Tier) -> list[Job]:
         return [
             Job(name, guide, steps=_QUICK_STEPS) for name in _QUICK for guide in guides if _fits(name, guide)
         ]
-    return [Job(name, guide) for name in targets() for guide in (*OURS, *PYROS) if _fits(name, guide)]
+    work = [(name, guide) for name in targets() for guide in (*OURS, *PYROS) if _fits(name, guide)]
+    return [Job(name, guide, steps=_steps(name)) for name, guide in work]
+
+
+def _steps(name: str) -> int:
+    return _HIERARCHY_STEPS if targets()[name].kind == "hierarchy" else _STEPS
 
 
 def _fits(name: str, guide: str) -> bool:

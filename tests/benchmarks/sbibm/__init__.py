@@ -2,10 +2,11 @@
 
 Each row is a data set with parameters of its own. A guide is trained once for each task, on data sets that
 the model simulates, by ``ForwardKL`` or by the ELBO; then it meets the ten given observations. Two stages
-are scored, on the first five of these (in ten dimensions a score takes minutes): *amortized*, the guide's
-draws as they are; and *resampled*, 10,000 of 100,000 draws taken with replacement as often as the model's
-density wants them, either of q as it is or of q as ``refine()`` adapted it to each observation, whichever
-has the larger effective size. Resampling simulates nothing.
+are scored, on the first five of these: *amortized*, the guide's draws as they are; and *resampled*, 10,000
+of 100,000 draws taken with replacement as often as the model's density wants them, either of q as it is or
+of q as ``refine()`` adapted it to each observation, whichever has the larger effective size. Resampling
+simulates nothing. Amortized draws of ten dimensions, where a score takes ten minutes, have their KL
+divergence alone.
 
 The score is the benchmark's C2ST: the accuracy with which a classifier tells 10,000 draws from 10,000
 reference draws of the posterior; 0.5 is best, 1 worst. The classifier is that of the benchmark, trained in
@@ -45,7 +46,7 @@ TARGETS = {
     "sir": 0.58,
 }
 SIMULATIONS = 100_000  # of the published methods
-SCORED = 5  # observations
+SCORED, WIDEST = 5, 5  # observations, and dimensions of amortized draws
 QUICK = ("gaussian_linear", "two_moons")
 HEADLINE = "resampled"
 
@@ -68,10 +69,14 @@ def run(tier: Tier = "full") -> Report:
 
 def score(outcomes: list[Outcome]) -> Scores:
     """C2ST of draws for the first observations: one job for each stage and task."""
-    jobs = [(o.task, stage, o.draws[stage][:SCORED]) for stage in (HEADLINE, "amortized") for o in outcomes]
-    jobs.sort(key=lambda job: (job[1] != HEADLINE, -job[2].shape[-1]))  # wide ones take longest
-    found = dict(zip([job[:2] for job in jobs], each(scored, [(t, d) for t, _, d in jobs]), strict=True))
-    return {o.task: {stage: found[o.task, stage] for stage in STAGES} for o in outcomes}
+    jobs = [(o.task, stage, o.draws[stage][:SCORED]) for o in outcomes for stage in STAGES]
+    jobs = [job for job in jobs if job[1] == HEADLINE or job[2].shape[-1] <= WIDEST]
+    jobs.sort(key=lambda job: job[2].shape[-1], reverse=True)  # wide ones take longest
+    found = each(scored, [(task, draws) for task, _, draws in jobs])
+    scores: Scores = {o.task: {} for o in outcomes}
+    for (task, stage, _), values in zip(jobs, found, strict=True):
+        scores[task][stage] = values
+    return scores
 
 
 def scored(job: tuple[str, np.ndarray]) -> np.ndarray:
@@ -103,9 +108,10 @@ def results(scores: Scores, *, full: bool) -> list[Result]:
                 ("NPE", ["NPE"], 8),
                 ("the best of SNPE and SNLE", ["SNPE", "SNLE"], 5),
             ):
-                met = sum(by[stage].mean() <= best(task, methods) for task, by in scores.items())
-                bar = floor if stage == HEADLINE else None
-                found.append(Result(f"tasks that reach {label}", f"{stage}, of 10", float(met), floor=bar))
+                known = [(task, by[stage].mean()) for task, by in scores.items() if stage in by]
+                met = sum(score <= best(task, methods) for task, score in known)
+                bar, where = floor if stage == HEADLINE else None, f"{stage}, of {len(known)}"
+                found.append(Result(f"tasks that reach {label}", where, float(met), floor=bar))
     return found
 
 
@@ -122,7 +128,11 @@ def tables(outcomes: list[Outcome], scores: Scores) -> list[Table]:
     rows = [
         [
             task,
-            *(f"{f(by[stage]):.3f}" for stage in STAGES for f in (np.mean, np.median)),
+            *(
+                f"{f(by[stage]):.3f}" if stage in by else None
+                for stage in STAGES
+                for f in (np.mean, np.median)
+            ),
             *(f"{best(task, [method]):.3f}" for method in methods),
         ]
         for task, by in scores.items()

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pyro_guides import AmortizedGuide, FullRankNormal, NormalMixture, find_start
+from pyro_guides.starting import profile, target
+from pyro_guides.starting.climb import Normal, relaxed
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64)
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64)
@@ -29,12 +31,12 @@ def schools(effects, errors):
         pyro.sample("seen", dist.Normal(effect, errors), obs=effects)
 
 
-def exact_log_spread():
+def exact_log_spread(effects=EFFECTS, errors=ERRORS):
     """Mean and sd of the posterior's log spread: effects are integrated out exactly, the rest on a grid."""
     mean, log_spread = torch.linspace(-20.0, 30.0, 501), torch.linspace(-6.0, 5.0, 1101)
     mean, spread = mean.unsqueeze(-1), log_spread.exp()
-    total = (ERRORS**2 + spread.unsqueeze(-1) ** 2).sqrt()  # (1101, 8)
-    log_p = dist.Normal(mean.unsqueeze(-1), total).log_prob(EFFECTS).sum(-1)
+    total = (errors**2 + spread.unsqueeze(-1) ** 2).sqrt()  # (1101, 8)
+    log_p = dist.Normal(mean.unsqueeze(-1), total).log_prob(effects).sum(-1)
     log_p = log_p + dist.Normal(0.0, 5.0).log_prob(mean) + dist.HalfCauchy(5.0).log_prob(spread) + log_spread
     weights = log_p.flatten().softmax(0).reshape(log_p.shape).sum(0)
     centre = weights @ log_spread
@@ -51,6 +53,31 @@ def test_the_scale_of_a_hierarchy_starts_where_its_marginal_lies(seed):
     centre, sd = exact_log_spread()
     assert abs(drawn.mean() - centre) < sd  # the normal of all values has its mean 3 sd or 1.3 sd away,
     assert 0.5 * sd < drawn.std() < 1.5 * sd  # and an eighth of the width
+
+
+def in_the_spike(density, starts, blocks, wide):
+    """A normal where all effects are their mean, and their spread is next to nothing."""
+    u = starts[0].clone()
+    u[1] = -8.0
+    u = relaxed(density, u, 2, wide)
+    return Normal.around(u, blocks, density.expand(u, blocks)[2], wide)
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_climb_that_ended_in_a_spike_is_led_out_of_it(monkeypatch, jumps):
+    """Control: by steps as wide as the spike it stays there."""
+    pyro.set_rng_seed(0)
+    effects, errors = 3.0 + 2.0 * torch.randn(12), torch.ones(12)
+    monkeypatch.setattr(target, "best_normal", in_the_spike)
+    if not jumps:
+        monkeypatch.setattr(profile, "_FAR_OFF", float("inf"))
+        monkeypatch.setattr(profile, "_SWEEPS", 2)
+    guide = AmortizedGuide(schools, family=FullRankNormal(), amortize=())
+    find_start(guide, effects, errors)
+    drawn = guide.posterior(effects, errors, num_draws=2000).draws["spread"].log()
+    centre, sd = exact_log_spread(effects, errors)
+    near = abs(drawn.mean() - centre) < 0.5 * sd and 0.7 * sd < drawn.std() < 1.4 * sd
+    assert near == jumps
 
 
 # --- several modes

@@ -11,6 +11,8 @@ is the marginal, which is climbed along one coordinate after the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,22 +21,27 @@ from pyro_guides.starting.density import Density
 
 __all__ = ["profiled"]
 
-_SWEEPS = 4  # at most
-_MOST_FIRST, _MOST = 16, 128  # values: each sweep integrates the rest out anew for every first one
+_SWEEPS = 8  # at most
+_MOST_FIRST, _MOST = 16, 256  # values: each sweep integrates the rest out anew for every first one
 _REACH = (-4.0, -2.0, 2.0, 4.0)  # in units of the width along a coordinate
+_FAR_OFF = 2.0  # nats: where a place is so much better, widths here tell nothing of widths there
+_GAIN = 0.01  # nats that are worth another sweep
+_SETTLED = 0.3  # of the logarithm of a width
 _CHANGE = 4.0  # by which a width may change in a sweep
 
 
-def profiled(density: Density, normal: Normal, first: int, wide: Tensor) -> Normal:
+def profiled(density: Density, normal: Normal, starts: Sequence[Tensor], first: int, wide: Tensor) -> Normal:
     """A normal over all values, of which the first have location and widths of their marginal.
 
     Args:
         density: log p.
         normal: where the search starts, and a guess at the widths.
+        starts: other places u, ``(N)``. Each coordinate may jump to where it is there, for steps by the width
+            of a spike, which is high but holds nothing, would not lead out of it.
         first: how many values come first, V.
         wide: the spread of the prior, ``(N)``.
 
-    Beyond 16 first or 128 values the normal is left as it is.
+    Beyond 16 first or 256 values the normal is left as it is.
 
     Source: Havard Rue, Sara Martino, Nicolas Chopin, "Approximate Bayesian Inference for Latent Gaussian
     Models by Using Integrated Nested Laplace Approximations", JRSS B 2009.
@@ -43,11 +50,15 @@ def profiled(density: Density, normal: Normal, first: int, wide: Tensor) -> Norm
         return normal
     width = (normal.roots[0][0] @ normal.roots[0][0].mT).diagonal()[:first].sqrt()
     here = _marginal(density, normal.loc, first, wide)
+    for j in range(first):
+        there = max((_marginal(density, _moved(here[1], j, u[j]), first, wide) for u in starts), key=_height)
+        if _height(there) > _height(here) + _FAR_OFF:
+            here, width[j] = there, wide[j]
     for _ in range(_SWEEPS):
-        start = here
+        start, before = here, width.clone()
         for j in range(first):
             here, width[j] = _along(density, here, j, width[j], wide[:first], wide)
-        if here is start:
+        if here is start and bool(((width / before).log().abs() < _SETTLED).all()):
             break
     _, _, (precision,) = density.expand(here[1], normal.blocks)
     return _joined(precision[0], here[1], width, wide)
@@ -60,17 +71,31 @@ def _along(
     density: Density, here: Point, j: int, width: Tensor, widest: Tensor, wide: Tensor
 ) -> tuple[Point, Tensor]:
     """The best of some points along one coordinate, and what is known of the width there then."""
-    tried = [here]
-    for reach in _REACH:
-        u = here[1].clone()
-        u[j] += reach * width
-        tried.append(_marginal(density, u, len(widest), wide))
-    best = max(tried, key=lambda point: point[0])
-    factor = 2.0  # the top is further away than thought
+
+    def at(reach: float) -> Point:
+        return _marginal(density, _moved(here[1], j, here[1][j] + reach * width), len(widest), wide)
+
+    tried = {reach: at(reach) for reach in _REACH}
+    best = max([here, *tried.values()], key=_height)
+    factor = 2.0 if best is tried[-4.0] or best is tried[4.0] else 1.0  # the top is far away
     if best is here:
-        bend = (2.0 * here[0] - tried[2][0] - tried[3][0]) / 4.0  # of a parabola, in units of the width
+        below, above = (_height(here) - _height(tried[reach]) for reach in (-2.0, 2.0))
+        bend = (below + above) / 4.0  # of a parabola, in units of the width
         factor = min(max(max(bend, 1e-9) ** -0.5, 1.0 / _CHANGE), _CHANGE)
+        if bend > 0.0:
+            top = at((below - above) / (4.0 * bend))
+            best = top if _height(top) > _height(here) + _GAIN else here
     return best, torch.minimum(factor * width, widest[j])
+
+
+def _moved(u: Tensor, j: int, value: Tensor) -> Tensor:
+    u = u.clone()
+    u[j] = value
+    return u
+
+
+def _height(point: Point) -> float:
+    return point[0]
 
 
 def _marginal(density: Density, u: Tensor, first: int, wide: Tensor) -> Point:

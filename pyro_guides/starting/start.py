@@ -65,7 +65,7 @@ def find_start(guide: AmortizedGuide, *args: Any, again: bool = False, **kwargs:
       climbing :math:`\log p(x, u)` from several starts. Families without correlations get the *conditional*
       standard deviations, at which their ELBO is highest. Where all is normal and q can hold it, q is exact.
       Values that other groups depend on, such as the scales of a hierarchy, get location and widths of their
-      marginal, from which Laplace's method integrates the rest (16 of them and 128 values in all, at most).
+      marginal, from which Laplace's method integrates the rest (16 of them and 256 values in all, at most).
     * A mixture over all latents starts with its components on the modes that climbs from 16 draws of the
       prior find, each weighing its share, if they find several.
     * Where others are amortized, a and L are those of the marginal, and all elements of an amortized group

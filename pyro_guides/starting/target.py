@@ -65,10 +65,12 @@ def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], 
     if not alone and _has_parameters(density, start):
         raise NotImplementedError("the model has parameters of its own, which are not trained yet")
     drawn, wide = _prior(density, start)
-    normal = _normal(density, start, drawn, wide, list(positions.values()))
+    # Zero is nobody's best guess, but near the posterior by the measure of a prior that is as good as flat.
+    starts = [*start, torch.zeros_like(drawn[0]), *drawn[: _STARTS - 2]]
+    normal = _normal(density, starts, wide, list(positions.values()))
     if alone and shared and normal.whole:
         count = sum(positions[i].numel() for i in shared)
-        normal = profiled(density, normal, count, wide)
+        normal = profiled(density, normal, starts, count, wide)
     if alone:
         return places(network, normal, positions, plates), {}
     if normal.size < 1.0:  # the walls of a funnel, between which a narrow normal is not the marginal
@@ -141,14 +143,12 @@ def location_and_spread(draws: Tensor) -> tuple[Tensor, Tensor]:
     return middle, torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
-def _normal(density: Density, start: Tensor, drawn: Tensor, wide: Tensor, groups: Sequence[Tensor]) -> Normal:
-    """The normal over all latents, from climbs that begin where q starts, at zero and at prior draws."""
+def _normal(density: Density, starts: list[Tensor], wide: Tensor, groups: Sequence[Tensor]) -> Normal:
+    """The normal over all latents, from climbs."""
     blocks = [torch.arange(density.size).unsqueeze(0)]
     if density.size > MOST_CORRELATED:
         blocks = [at.reshape(-1, at.shape[-1]) for at in groups]
     wide = wide / density.counts.to(wide).sqrt()
-    # Zero is nobody's best guess, but near the posterior by the measure of a prior that is as good as flat.
-    starts = [*start, torch.zeros_like(drawn[0]), *drawn[: _STARTS - 2]]
     own = sum(at.numel() for at in groups)
     if own < density.size:
         starts = [relaxed(density, u, own, wide) for u in starts]

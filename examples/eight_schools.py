@@ -5,10 +5,10 @@ where the spread ``tau`` between schools is small, all effects are pulled togeth
 one data set, so none is amortized; they are drawn jointly in one family where possible.
 
 Look at k-hat of the log weights: above 0.7 the draws are not to be trusted, and no exact answer is needed
-to know it. The first four guides have no k-hat below that: a diagonal normal that ignores how effects
-hang on ``tau``, a diagonal and a full-rank normal given ``tau``, a flow. The cure is to write the model
-without a centre (Pyro's ``LocScaleReparam``), for which a normal is enough to be weighted, though its
-tails are still short. Quadrature over ``mu`` and ``tau``, and NUTS started from the last guide, are the
+to know it. The first four guides do not stay below that: a diagonal normal that ignores how effects hang
+on ``tau``, a diagonal and a full-rank normal given ``tau``, a flow. The cure is to write the model without
+a centre (Pyro's ``LocScaleReparam``), for which a normal is enough to be weighted, though its tails are
+still short. Quadrature over ``mu`` and ``tau``, and NUTS started from the last guide, are the
 referees.
 
     python examples/eight_schools.py           # a minute

@@ -109,6 +109,8 @@ def results(scores: Scores, *, full: bool) -> list[Result]:
                 ("the best of SNPE and SNLE", ["SNPE", "SNLE"], 5),
             ):
                 known = [(task, by[stage].mean()) for task, by in scores.items() if stage in by]
+                if not known:
+                    continue
                 met = sum(score <= best(task, methods) for task, score in known)
                 bar, where = floor if stage == HEADLINE else None, f"{stage}, of {len(known)}"
                 found.append(Result(f"tasks that reach {label}", where, float(met), floor=bar))

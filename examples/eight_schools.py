@@ -8,8 +8,7 @@ Look at k-hat of the log weights: above 0.7 the draws are not to be trusted, and
 to know it. The first four guides do not stay below that: a diagonal normal that ignores how effects hang
 on ``tau``, a diagonal and a full-rank normal given ``tau``, a flow. The cure is to write the model without
 a centre (Pyro's ``LocScaleReparam``), for which a normal is enough to be weighted, though its tails are
-still short. Quadrature over ``mu`` and ``tau``, and NUTS started from the last guide, are the
-referees.
+still short. Quadrature over ``mu`` and ``tau``, and NUTS started from the last guide, are the referees.
 
     python examples/eight_schools.py           # a minute
     python examples/eight_schools.py --short

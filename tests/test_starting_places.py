@@ -65,13 +65,13 @@ def in_the_spike(density, starts, blocks, wide):
 
 @pytest.mark.parametrize("jumps", [True, False])
 def test_a_climb_that_ended_in_a_spike_is_led_out_of_it(monkeypatch, jumps):
-    """Control: by steps as wide as the spike it stays there."""
+    """Control: without a jump, as many sweeps of steps as wide as the spike do not lead out."""
     pyro.set_rng_seed(0)
     effects, errors = 3.0 + 2.0 * torch.randn(12), torch.ones(12)
     monkeypatch.setattr(target, "best_normal", in_the_spike)
+    monkeypatch.setattr(profile, "_SWEEPS", 2)
     if not jumps:
         monkeypatch.setattr(profile, "_FAR_OFF", float("inf"))
-        monkeypatch.setattr(profile, "_SWEEPS", 2)
     guide = AmortizedGuide(schools, family=FullRankNormal(), amortize=())
     find_start(guide, effects, errors)
     drawn = guide.posterior(effects, errors, num_draws=2000).draws["spread"].log()

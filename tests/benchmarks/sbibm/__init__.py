@@ -139,7 +139,8 @@ def tables(outcomes: list[Outcome], scores: Scores) -> list[Table]:
         ]
         for task, by in scores.items()
     ]
-    note = "Ours: five observations. Published: means over all ten, 100,000 simulations, no likelihood."
+    count = len(next(iter(scores.values()))[HEADLINE])
+    note = f"Ours: {count} observations. Published: means over all ten, 100,000 simulations, no likelihood."
     first = Table("C2ST, 0.5 is best", ["task", *ours, *methods], rows, note)
     return [first, _effort(outcomes)]
 

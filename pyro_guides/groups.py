@@ -180,6 +180,11 @@ def _spread(latent: Latent, mask: Tensor, event_dim: int) -> Tensor:
     return mask.expand(batch + shape).reshape(*batch, latent.size)
 
 
+def lone_piece(latent: Latent) -> Piece:
+    """How a latent gets to its support by itself, its mask included: what is masked has no Jacobian."""
+    return piece(latent, Masks(None, None, {latent.name: _combined(latent)}))
+
+
 def piece(latent: Latent, masks: Masks) -> Piece:
     """How a latent gets from its slice of u to its support in this call."""
     mask, mask_event_dim = masks.inner.get(latent.name, (None, 0))

@@ -154,6 +154,16 @@ class AmortizedHead(Head):
         parameters: Tensor = self.output(torch.cat([mixed, side], dim=-1))
         return parameters if self.offset is None else parameters + self._own_offset(indices)
 
+    def forget(self, initial: Tensor) -> None:
+        """Return a λ ``(W,)`` for every datum and every upstream value, as at the start."""
+        zeros = [self.output.weight, self.offset]
+        if isinstance(self.outer, ScaledLinear):
+            zeros += [self.outer.weight, self.outer.bias]
+        for parameter in zeros:
+            if parameter is not None:
+                parameter.zero_()
+        self.output.bias.copy_(initial)
+
     def _own_offset(self, indices: Mapping[str, Tensor]) -> Tensor:
         offset = cast("Tensor", self.offset)
         for name, dim in self.lacking.items():

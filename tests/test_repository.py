@@ -98,6 +98,7 @@ ARROWS = {
     "diagnostics": {
         "distributions",
         "encoding",
+        "groups",
         "inputs",
         "posterior",
         "simulating",

@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_guides.distributions.sites import Piece
+from pyro_guides.groups import lone_piece
 from pyro_guides.posterior.query import Query
-from pyro_guides.structure import Latent
 
 __all__ = ["Landscape", "StudentT", "triangular_root"]
 
@@ -90,7 +89,7 @@ class Landscape:
         values, jacobians = {}, {}
         for name, own in self.unpack(u).items():
             latent = self.query.structure.latents[name]
-            piece = _piece(latent)
+            piece = lone_piece(latent)
             value = piece.constrain(own)
             jacobians[name] = piece.log_jacobian(own, value)
             values[name] = value
@@ -145,10 +144,6 @@ class StudentT:
         volume = self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         tails = -(_FREEDOM + size) / 2 * (scaled / _FREEDOM).log1p()
         return constant - volume + tails.movedim(-1, 0)
-
-
-def _piece(latent: Latent) -> Piece:
-    return Piece(latent.require_transform(), latent.unconstrained_shape, latent.support, latent.event_shape)
 
 
 def _finite(log_prob: Tensor) -> Tensor:

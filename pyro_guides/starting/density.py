@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_guides.groups import Group, masks, piece
+from pyro_guides.groups import Group, lone_piece
 from pyro_guides.posterior import Query
 
 __all__ = ["ONCE", "Density", "Repeats"]
@@ -66,7 +66,7 @@ class Density:
             name: self._repeats[name] * math.prod(plate.scale for plate in structure.plates_of(latent.plates))
             for name, latent in self._latents.items()
         }
-        self._pieces = {name: piece(latent, masks([latent])) for name, latent in self._latents.items()}
+        self._pieces = {name: lone_piece(latent) for name, latent in self._latents.items()}
         self._shapes = {
             name: torch.Size((*structure.batch_shape(latent.plates), latent.size))
             for name, latent in self._latents.items()

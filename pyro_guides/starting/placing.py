@@ -147,7 +147,7 @@ def centre(network: Network, index: int, loc: Tensor, spread: float) -> bool:
     head = network.head(index)
     if not isinstance(head, AmortizedHead):
         return False
-    head.output.bias.copy_(network.family(index).initial(loc.to(head.output.bias), spread))
+    head.forget(network.family(index).initial(loc.to(head.output.bias), spread))
     return True
 
 

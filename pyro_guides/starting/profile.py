@@ -22,6 +22,7 @@ from pyro_guides.starting.density import Density
 __all__ = ["profiled"]
 
 _SWEEPS = 8  # at most
+_WORK = 8000  # sweeps times first values times values: more would take minutes
 _MOST_FIRST, _MOST = 16, 256  # values: each sweep integrates the rest out anew for every first one
 _REACH = (-4.0, -2.0, 2.0, 4.0)  # in units of the width along a coordinate
 _FAR_OFF = 2.0  # nats: where a place is so much better, widths here tell nothing of widths there
@@ -54,7 +55,7 @@ def profiled(density: Density, normal: Normal, starts: Sequence[Tensor], first: 
         there = max((_marginal(density, _moved(here[1], j, u[j]), first, wide) for u in starts), key=_height)
         if _height(there) > _height(here) + _FAR_OFF:
             here, width[j] = there, wide[j]
-    for _ in range(_SWEEPS):
+    for _ in range(min(_SWEEPS, max(1, _WORK // (first * density.size)))):
         start, before = here, width.clone()
         for j in range(first):
             here, width[j] = _along(density, here, j, width[j], wide[:first], wide)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_guides.arguments import check_flags
 from pyro_guides.families import BoundMixture
 from pyro_guides.guide import AmortizedGuide
+from pyro_guides.network import Network
 from pyro_guides.posterior import Query
 from pyro_guides.starting.density import ONCE, Repeats
 from pyro_guides.starting.placing import Place, centre, learned, settle, settle_apart
@@ -84,7 +86,8 @@ def find_start(guide: AmortizedGuide, *args: Any, again: bool = False, **kwargs:
     Args:
         guide: a guide, not yet trained.
         *args: the model's arguments.
-        again: whether to start anew although parameters have moved, which forgets what was learned.
+        again: whether to start anew although parameters have moved, which forgets what was learned by the
+            groups that are not left.
         **kwargs: the model's keyword arguments.
 
     Raises:
@@ -136,7 +139,8 @@ def start_from(
         RuntimeError: the guide has been trained.
     """
     guide.setup(*args, **kwargs)
-    if guide.is_trained and not again:
+    was_trained = guide.is_trained
+    if was_trained and not again:
         raise RuntimeError(
             "find_start() would forget what the guide has learned: call it before training, or with "
             "again=True"
@@ -145,7 +149,8 @@ def start_from(
     if len(found) < len(guide.network.parts):
         with torch.no_grad():
             found |= _settled(guide, args, kwargs, repeats, found)
-        guide._start = guide.network.fingerprint()
+        if not (was_trained and any(how.startswith("left") for how in found.values())):
+            guide._start = guide.network.fingerprint()
     names = {i: str(guide.network.parts[i].group).removeprefix("latents ") for i in sorted(found)}
     for index, name in names.items():
         _log.info("find_start(): %s: %s", name, found[index])
@@ -179,6 +184,8 @@ def _refused(guide: AmortizedGuide) -> dict[int, str]:
     for index, part in enumerate(guide.network.parts):
         if part.group.discrete:
             found[index] = "left, discrete"
+        elif any(guide._require_memory().is_live(name) for name in part.group.sites):
+            found[index] = "left, support, mask or scale depend on other latents"
         elif part.group.running:
             found[index] = "left, a sequence"
         elif part.encodings:
@@ -187,8 +194,6 @@ def _refused(guide: AmortizedGuide) -> dict[int, str]:
             found[index] = "left, promoted"
         elif guide.network.family(index).closed_under is None:
             found[index] = f"left, {type(part.family).__name__} has no units"
-        elif any(guide._require_memory().is_live(name) for name in part.group.sites):
-            found[index] = "left, support, mask or scale depend on other latents"
     return found
 
 
@@ -221,15 +226,16 @@ def _from_posterior(query: Query, refused: Mapping[int, str], repeats: Repeats) 
     except _NOT_POSSIBLE as error:
         return {}, f", since {_first_line(error)}"
     chosen = [index for index in chosen if index in target]
-    before, heads, values = _elbo(query), list(network.heads), copy.deepcopy(network.state_dict())
-    for index in chosen:
-        settle(network, index, target[index], query.structure.plates)
-    centred = [i for i, middle in middles.items() if centre(network, i, middle, query.guide._plan.init_scale)]
-    # Where q of others is not trained, the guide's ELBO does not tell how well those that are learned lie.
-    if refused or _elbo(query) >= before:
-        return dict.fromkeys(chosen, "posterior") | dict.fromkeys(centred, "amortized, centred"), ""
-    network.heads = nn.ModuleList(heads)
-    network.load_state_dict(values)
+    before, width = _elbo(query), query.guide._plan.init_scale
+    with _put_back_on_error(network) as put_back:
+        for index in chosen:
+            settle(network, index, target[index], query.structure.plates)
+        centred = [index for index, middle in middles.items() if centre(network, index, middle, width)]
+        # Where q of others is not trained, the guide's ELBO does not tell how well those that are learned
+        # lie.
+        if refused or _elbo(query) >= before:
+            return dict.fromkeys(chosen, "posterior") | dict.fromkeys(centred, "amortized, centred"), ""
+        put_back()
     return dict.fromkeys(chosen, "left, since its ELBO is higher where it is"), ""
 
 
@@ -257,18 +263,38 @@ def _from_prior(query: Query, settled: Mapping[int, str], why: str) -> dict[int,
     if not chosen:
         return found
     values = query.model.simulate({}, query.held, count=DRAWS).values
-    for index in chosen:
-        latents = [query.structure.latents[name] for name in network.parts[index].group.sites]
-        parts = [latent.unconstrain(values[latent.name]) for latent in latents]
-        middle, spread = location_and_spread(torch.cat(parts, dim=-1))
-        frame = network.family(index).frame(network.head(index).example())
-        centre = middle if frame is None else frame[0]
-        inside = (centre - middle).abs() < _FAR * spread
-        width = query.guide._plan.init_scale
-        place = Place(torch.where(inside, centre, middle), spread, spread=width)
-        settle(network, index, place, query.structure.plates)
-        found[index] = f"prior{why}"
-    return found
+    with _put_back_on_error(network):
+        for index in chosen:
+            settle(network, index, _prior_place(query, index, values), query.structure.plates)
+    return found | dict.fromkeys(chosen, f"prior{why}")
+
+
+def _prior_place(query: Query, index: int, values: Mapping[str, Tensor]) -> Place:
+    """Units of draws of the prior, and q where it is, if that is among them."""
+    network = query.guide.network
+    latents = [query.structure.latents[name] for name in network.parts[index].group.sites]
+    parts = [latent.unconstrain(values[latent.name]) for latent in latents]
+    middle, spread = location_and_spread(torch.cat(parts, dim=-1))
+    frame = network.family(index).frame(network.head(index).example())
+    centre = middle if frame is None else frame[0]
+    inside = (centre - middle).abs() < _FAR * spread
+    return Place(torch.where(inside, centre, middle), spread, spread=query.guide._plan.init_scale)
+
+
+@contextmanager
+def _put_back_on_error(network: Network) -> Iterator[Callable[[], None]]:
+    """Leave q as it was if something fails on the way; yields what puts it back."""
+    heads, values = list(network.heads), copy.deepcopy(network.state_dict())
+
+    def put_back() -> None:
+        network.heads = nn.ModuleList(heads)
+        network.load_state_dict(values)
+
+    try:
+        yield put_back
+    except BaseException:
+        put_back()
+        raise
 
 
 def _elbo(query: Query) -> float:

@@ -34,6 +34,7 @@ MOST_CORRELATED = 256  # values whose Hessian is taken whole
 _FEWEST_ROWS, _MOST_ROWS = 8, 128
 _STARTS = 5  # climbs at most: from where q starts, from zero, and from draws of the prior
 _SEARCHES = 16  # climbs that look for several modes
+_LARGEST_ELEMENT = 512  # values of one element, whose Hessian is always taken whole
 _WIDEST = 10.0  # standard deviations of the posterior: the largest units
 
 
@@ -78,7 +79,8 @@ def posterior_places(query: Query, repeats: Repeats) -> tuple[dict[int, Place], 
     marginal = normal.first(sum(at.numel() for at in positions.values()))
     units = min(math.sqrt(float(density.counts.max())), _WIDEST)
     found = places(network, marginal, positions, plates)
-    middles = {i: normal.loc[density.positions(group)].flatten(0, -2).mean(0) for i, group in others.items()}
+    locs = {i: normal.loc[density.positions(group)] for i, group in others.items()}
+    middles = {i: loc.reshape(-1, loc.shape[-1]).mean(0) for i, loc in locs.items()}
     return {index: place.in_units(units) for index, place in found.items()}, middles
 
 
@@ -148,6 +150,8 @@ def _normal(density: Density, starts: list[Tensor], wide: Tensor, groups: Sequen
     blocks = [torch.arange(density.size).unsqueeze(0)]
     if density.size > MOST_CORRELATED:
         blocks = [at.reshape(-1, at.shape[-1]) for at in groups]
+        if (most := max(at.shape[-1] for at in blocks)) > _LARGEST_ELEMENT:
+            raise NotImplementedError(f"{most:,} values are correlated, of at most {_LARGEST_ELEMENT}")
     wide = wide / density.counts.to(wide).sqrt()
     own = sum(at.numel() for at in groups)
     if own < density.size:

@@ -25,9 +25,9 @@ __all__ = ["entry", "page", "read", "record"]
 
 INTRODUCTION = """# Benchmarks
 
-Every number comes from the command that stands above it; `make bench-full` runs them all and writes this page
-and `benchmarks.json`, `make bench` a quick version of both into `build/`. What is not here was not measured.
-Spreads are half the distance between quartiles.
+Every section names the command that measures it; a note says so if it was run in parts or is not complete.
+`make bench-full` runs them all and writes this page and `benchmarks.json`, `make bench` a quick version
+of both into `build/`. Spreads (±) are half the distance between quartiles, or standard errors of an ELBO.
 A *target* is what the figure was meant to reach; those that were missed are shown like the others.
 """
 

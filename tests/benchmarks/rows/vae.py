@@ -177,8 +177,8 @@ def _table(found: Sequence[Found], size: Size) -> Table:
     )
     note = (
         f"Nats per image. Bound: {DRAWS} importance-weighted draws. The two gaps are of {size.split} test "
-        f"images; {images.LATENTS} latents; {size.steps} steps of batches of 128. Seconds of CPU on a "
-        "machine that does other things, too."
+        f"images, up to the bound of ``check``, which is tighter; {images.LATENTS} latents; {size.steps} "
+        "steps of batches of 128. Seconds of CPU on a machine that does other things, too."
     )
     return Table("Autoencoders of binary digits", columns, [_line(one) for one in found], note)
 

@@ -6,6 +6,7 @@ Runs ``with_sbi.py`` in another interpreter; data go and come as files of arrays
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ from tests.benchmarks.sbibm import stored
 from tests.benchmarks.sbibm.scores import c2st
 from tests.benchmarks.sbibm.stages import Outcome
 from tests.benchmarks.sbibm.tasks import TASKS
+from tests.benchmarks.workers import each
 
 __all__ = ["run"]
 
@@ -43,9 +45,8 @@ def run(
         return Report(tables=[Table(title, ["not run"], [[why]])])
     rows, results = [], []
     ours = {outcome.task: outcome for outcome in outcomes}
-    for task in COMPARED:
-        draws, training = estimate(interpreter, task, count)
-        found = c2st([stored.reference(task, i) for i in range(count)], draws)
+    estimates = each(partial(scored, interpreter, count), COMPARED)
+    for task, (found, training) in zip(COMPARED, estimates, strict=True):
         own = scores[task]
         times = [f"{training:.0f}", f"{ours[task].training:.0f}"]
         means = [f"{s.mean():.3f}" for s in (found, own["amortized"], own["resampled"])]
@@ -55,6 +56,12 @@ def run(
     columns = ["task", "sbi", "published NPE", "amortized", "resampled", "sbi, s", "ours, s"]
     note = f"sbi: {SIMULATIONS:,} simulations, defaults and a neural spline flow; means of {count}."
     return Report(results, [Table(title, columns, rows, note)])
+
+
+def scored(interpreter: str, count: int, task: str) -> tuple[np.ndarray, float]:
+    """C2ST of sbi's posteriors, by observation, and seconds of training."""
+    draws, training = estimate(interpreter, task, count)
+    return c2st([stored.reference(task, i) for i in range(count)], draws), training
 
 
 def estimate(interpreter: str, task: str, count: int) -> tuple[np.ndarray, float]:

@@ -12,10 +12,9 @@ from torch import Tensor
 from pyro_guides.diagnostics.evidence import tight_bound
 from pyro_guides.diagnostics.familiarity import Familiarity
 from pyro_guides.diagnostics.modes import find_modes
-from pyro_guides.diagnostics.shared import shared_log_weights
+from pyro_guides.diagnostics.shared import are_some_rows, rows_share, shared_statistics
 from pyro_guides.diagnostics.verdict import verdict
 from pyro_guides.posterior import Posterior
-from pyro_guides.posterior.weighing import effective_size, smoothed
 from pyro_guides.statistics import arguments, psis
 
 __all__ = ["Check", "check"]
@@ -117,7 +116,8 @@ def check(
         show: whether to print the verdict.
 
     Raises:
-        ValueError: there are too few draws, they are resampled, or log densities are NaN.
+        ValueError: there are too few draws, they are resampled, log densities are NaN, or ``training`` is of
+            other encoders.
 
     Source: Chris Cremer, Xuechen Li, David Duvenaud, "Inference Suboptimality in Variational Autoencoders",
     2018, arXiv:1801.03558; Yuling Yao, Aki Vehtari, Daniel Simpson, Andrew Gelman, "Yes, but Did It Work?:
@@ -141,6 +141,11 @@ def check(
         )
     if training is not None and not isinstance(training, Familiarity):
         raise TypeError(f"training must be a Familiarity(guide, *args), got a {type(training).__name__}")
+    if training is not None and not training.knows(posterior.guide):
+        raise ValueError(
+            "training is the Familiarity of other encoders: of another guide, or from before the guide was "
+            "trained on; make a new one with Familiarity(posterior.guide, *args)"
+        )
     for name, value in (("gaps", gaps), ("modes", modes), ("show", show)):
         arguments.flag(name, value)
     if posterior.resampled:
@@ -177,19 +182,13 @@ def check(
 
 def _local(posterior: Posterior, notes: list[str]) -> tuple[Posterior, dict[str, float]]:
     """The rows on their own, and what is known of the latents that they share."""
-    query = posterior.query
-    if posterior.row_plates or not query.inner:
+    if not rows_share(posterior):
         return posterior, {}
     shared: dict[str, float] = {}
-    if any(query.structure.plates[name].subsampled for name in query.inner_plates):
+    if are_some_rows(posterior):
         notes.append("latents that rows share are judged on all rows only, and these are some of them")
     else:
-        log_weights = shared_log_weights(posterior)
-        shared = {
-            "k_hat": float(smoothed(log_weights)[1]),
-            "effective_size": float(effective_size(log_weights)),
-            "num_draws": len(log_weights),
-        }
+        shared = shared_statistics(posterior)
     return posterior.local(), shared
 
 

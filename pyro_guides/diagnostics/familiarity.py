@@ -91,6 +91,10 @@ class Familiarity:
     def __repr__(self) -> str:
         return f"Familiarity({len(self._near) + len(self._distances)} rows of training)"
 
+    def knows(self, guide: AmortizedGuide) -> bool:
+        """Whether a guide has the encoders that these rows were read by."""
+        return _fingerprint(guide) == self._encoders
+
     def p_values(self, *args: Any, **kwargs: Any) -> Tensor:
         """How likely a row like those of training is to be this far from them, ``(*rows)``.
 
@@ -101,7 +105,7 @@ class Familiarity:
         Raises:
             ValueError: the encoders have been trained since.
         """
-        if _fingerprint(self._guide) != self._encoders:
+        if not self.knows(self._guide):
             raise ValueError(
                 "the encoder has been trained since, and its contexts have changed; make a new Familiarity"
             )

@@ -19,12 +19,39 @@ import torch
 from torch import Tensor
 
 from pyro_guides.posterior import Posterior
+from pyro_guides.posterior.weighing import effective_size, smoothed
 
-__all__ = ["shared_log_weights"]
+__all__ = ["are_some_rows", "rows_share", "shared_log_weights", "shared_statistics"]
 
 _DRAWS = 500  # of shared latents
 _INNER = 32  # draws of the rows, for each of these
 _VALUES_PER_PASS = 1_000_000
+
+
+def rows_share(posterior: Posterior) -> bool:
+    """Whether rows have latents of their own, and others that they share."""
+    return bool(posterior.query.inner) and not posterior.row_plates
+
+
+def are_some_rows(posterior: Posterior) -> bool:
+    """Whether the rows stand for more of them, so that they do not tell how good q of shared latents is."""
+    query = posterior.query
+    return any(query.structure.plates[name].subsampled for name in query.inner_plates)
+
+
+def shared_statistics(posterior: Posterior) -> dict[str, float]:
+    """What log weights say of the latents that rows share: ``k_hat``, ``effective_size``, ``num_draws``.
+
+    Args:
+        posterior: of all rows that q of the shared latents was trained on: that of others is wider or lies
+            elsewhere.
+    """
+    log_weights = shared_log_weights(posterior)
+    return {
+        "k_hat": float(smoothed(log_weights)[1]),
+        "effective_size": float(effective_size(log_weights)),
+        "num_draws": len(log_weights),
+    }
 
 
 @torch.no_grad()

@@ -77,9 +77,9 @@ def refine(
     with torch.enable_grad():
         settled = walk.until_settled(max_steps)
     before, after = _compared(query, refinement, num_draws)
-    _keep_where(query, (after - before).mean(0) > 0, refinement, copy.deepcopy(start))
+    _keep_where(query, _change(before, after).mean(0) > 0, refinement, copy.deepcopy(start))
     before, after = _compared(query, refinement, num_draws)
-    gain = (after - before).nan_to_num(nan=0.0)  # where log p is −inf before and after
+    gain = _change(before, after)
     error = gain.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(gain[0], float("nan"))
     return refinement.requires_grad_(False), Gain(gain.mean(0), error, walk.steps, settled)
 
@@ -105,9 +105,7 @@ class _Walk:
                     return False
                 self._block(rate, min(_BLOCK, max_steps - self.steps))
                 now = _log_weights(self.query, _LOOKS, state)  # the same random numbers: less noise
-                growth = (now - last).reshape(_LOOKS, -1).mean(1)
-                grown = bool(growth.mean() > max(2.0 * float(growth.std()) / len(growth) ** 0.5, 1e-3))
-                last = now
+                grown, last = _has_grown(last, now), now
         return True
 
     def _block(self, rate: float, count: int) -> None:
@@ -129,6 +127,21 @@ class _Walk:
         with torch.no_grad():
             for total, parameter in zip(sums, self.parameters, strict=True):
                 parameter.copy_(total / (count - first))
+
+
+def _change(before: Tensor, after: Tensor) -> Tensor:
+    """How log weights changed: not at all where draws are impossible before and after."""
+    change = after - before
+    return torch.where(after.isneginf() & before.isneginf(), torch.zeros_like(change), change)
+
+
+def _has_grown(before: Tensor, after: Tensor) -> bool:
+    """Whether log weights ``(_LOOKS, *rows)`` say that the ELBO has grown by more than their noise."""
+    change = _change(before, after)
+    if int(after.isfinite().sum()) > int(before.isfinite().sum()):
+        return True
+    growth = change.where(change.isfinite(), torch.zeros_like(change)).reshape(_LOOKS, -1).mean(1)
+    return bool(growth.mean() > max(2.0 * float(growth.std()) / len(growth) ** 0.5, 1e-3))
 
 
 def _surrogate(query: Query, particles: int) -> Tensor:

@@ -21,17 +21,29 @@ __all__ = ["bound", "check_finite", "check_unspent", "effective_size", "resample
 
 
 def smoothed(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Pareto-smoothed normalized log weights ``(S, ...)`` and their k̂ ``(...)``."""
+    """Pareto-smoothed normalized log weights ``(S, ...)`` and their k̂ ``(...)``.
+
+    Rows whose draws are all impossible have equal weights, and a k̂ of +inf.
+    """
+    dead = _impossible(log_weights)
     spread = log_weights.amax(0) - log_weights.amin(0)
     # Weights that differ by rounding have no tail to speak of.
-    same = torch.where(spread < _SAME, log_weights.mean(0), log_weights)
+    same = torch.where(spread < _SAME, log_weights.mean(0), log_weights).masked_fill(dead, 0.0)
     found = psis.smooth(same.numpy(force=True))
-    return torch.from_numpy(found.log_weights).to(log_weights), torch.as_tensor(found.k_hat).to(log_weights)
+    k_hat = torch.as_tensor(found.k_hat).to(log_weights).masked_fill(dead, torch.inf)
+    return torch.from_numpy(found.log_weights).to(log_weights), k_hat
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
-    """(Σ w)² / Σ w² over the first dimension."""
-    return torch.as_tensor(psis.effective_size(log_weights.numpy(force=True))).to(log_weights)
+    """(Σ w)² / Σ w² over the first dimension; zero where all draws are impossible."""
+    dead = _impossible(log_weights)
+    size = psis.effective_size(log_weights.masked_fill(dead, 0.0).numpy(force=True))
+    return torch.as_tensor(size).to(log_weights).masked_fill(dead, 0.0)
+
+
+def _impossible(log_weights: Tensor) -> Tensor:
+    """The rows whose draws have all weight zero."""
+    return (log_weights == -torch.inf).all(0)
 
 
 def bound(log_weights: Tensor, num_draws: int | None) -> tuple[Tensor, Tensor]:
@@ -82,6 +94,12 @@ def resample(posterior: Posterior, num_draws: int | None) -> Posterior:
 
     check_unspent(posterior)
     count = posterior.num_draws if num_draws is None else arguments.count("num_draws", num_draws, least=1)
+    if bool((dead := _impossible(posterior.log_weights)).any()):
+        raise ValueError(
+            f"every draw has weight zero in {int(dead.sum())} of {dead.numel()} rows, the first at "
+            f"{dead.nonzero()[0].tolist()}: q misses the posterior there, so leave them out, or look for an "
+            "observation the model cannot make"
+        )
     weights = smoothed(posterior.log_weights)[0].double().exp()
     rows = weights.reshape(len(weights), -1).T.contiguous()  # (rows, S)
     points = (

@@ -83,10 +83,11 @@ def fit(
         batch_size: B, of all processes together, a multiple of their number. None passes ``data`` as they
             are to every step: for models that subsample by themselves, or need all rows.
         max_steps: how many steps; 3,000 if neither this nor ``max_epochs`` is given.
-        max_epochs: the same in passes over the rows.
+        max_epochs: the same in passes over the rows; with ``batch_size=None`` each step is one.
         validation: the share of rows to hold out, taken before anything is learned from them, or other data
             of the same kind; None for no validation. "auto" is a tenth, or None where no latents belong to
-            rows, since a posterior that all rows share needs them all, or where nothing can be held out.
+            rows, since a posterior that all rows share needs them all, or where nothing can be held out: with
+            ``batch_size=None``, or a DataLoader of your own.
         patience: stop after so many looks at the validation rows without a gain beyond its standard error,
             over rows and draws; a look is taken 60 times. None never stops early.
         learning_rate: Adam's, at its peak.
@@ -97,7 +98,8 @@ def fit(
         tempering: what weighs the latents' terms, such as :class:`~pyro_guides.objectives.LinearWarmup`.
         whiten: whether to begin with :func:`~pyro_guides.starting.find_start`, if the guide is untrained;
             beside amortized groups it looks at some of the rows.
-        restarts: how many starts to try for a tenth of the steps each; the best goes on.
+        restarts: how many starts to try for a tenth of the steps each; the best goes on. Those without a
+            finite loss are given up.
         ladder: richer families, to be climbed as long as the family is what holds q back: after ``max_steps
             / 2`` steps shared by all but the last of them, the one that is rich enough gets ``max_steps``
             more.
@@ -119,8 +121,9 @@ def fit(
 
     Raises:
         ImportError: Lightning Fabric is not installed (``pip install 'pyro-guides[fit]'``).
-        TypeError, ValueError: an argument is not what it should be.
-        FloatingPointError: steps have no finite loss; says at which site and rows.
+        TypeError, ValueError: an argument is not what it should be, or a share of the rows that cannot be held
+            out.
+        FloatingPointError: steps have no finite loss, of all starts; says at which site and rows.
         FileExistsError: there is a checkpoint already, and ``resume`` is False.
         UnreadableFileError: the checkpoint is damaged.
         OSError: it cannot be written when training begins.

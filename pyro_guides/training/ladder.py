@@ -11,6 +11,7 @@ from typing import Any, Literal, final
 import torch
 
 from pyro_guides.diagnostics import check
+from pyro_guides.diagnostics.shared import are_some_rows, rows_share, shared_statistics
 from pyro_guides.families import Family
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.planning import build
@@ -25,7 +26,7 @@ How = Literal["as it was", "promoted", "anew"]
 _SMALL_GAP = 0.02  # nats per row that no richer family is worth
 _MANY_LOST = 0.1  # of the rows
 _LARGEST_K = 0.7
-_DRAWS = 500
+_DRAWS, _SHARED_DRAWS = 500, 200
 
 
 @final
@@ -59,7 +60,7 @@ class Evidence:
     Attributes:
         gap: the mean family gap, in nats per row, with its error.
         lost: the share of rows of which q has lost a mode.
-        k_hat: of what rows share; -inf if they share nothing.
+        k_hat: of what rows share; -inf if they share nothing, or it is not known.
     """
 
     gap: float
@@ -134,17 +135,31 @@ def climb(guide: AmortizedGuide, family: Family, how: How, batch: Arguments) -> 
     guide.replace_network(network)
 
 
-def examine(guide: AmortizedGuide, rows: Arguments) -> Evidence:
-    """Find out what holds q back, from some rows that it does not train on."""
+def examine(guide: AmortizedGuide, rows: Arguments, trained_on: Arguments | None) -> Evidence:
+    """Find out what holds q back.
+
+    Args:
+        guide: the guide.
+        rows: some rows that it does not train on.
+        trained_on: all rows that it trains on, which alone tell how good q is of what they share; None if
+            these are too many to look at together.
+    """
     posterior = guide.posterior(*rows.args, num_draws=_DRAWS, **rows.kwargs)
+    share = rows_share(posterior)
+    local = posterior.local() if share else posterior
     try:
-        found = check(posterior, show=False)
+        found = check(local, show=False)
     except (NotImplementedError, RuntimeError, ValueError):  # refined and searched through is not every model
-        found = check(posterior, gaps=False, modes=False, show=False)
+        found = check(local, gaps=False, modes=False, show=False)
     columns = found.columns
     gap = columns.get("family_gap", columns["gap"])
     gap = gap[gap.isfinite()].reshape(-1)
     lost = columns.get("missing", torch.zeros(1)).gt(0).double().mean()
-    return Evidence(
-        *mean_and_error(gap, 0.0 if len(gap) else math.nan), float(lost), found.shared.get("k_hat", -math.inf)
-    )
+    k_hat = _of_shared(guide, trained_on) if share and trained_on is not None else -math.inf
+    return Evidence(*mean_and_error(gap, 0.0 if len(gap) else math.nan), float(lost), k_hat)
+
+
+def _of_shared(guide: AmortizedGuide, rows: Arguments) -> float:
+    """The k-hat of what rows share."""
+    posterior = guide.posterior(*rows.args, num_draws=_SHARED_DRAWS, **rows.kwargs)
+    return -math.inf if are_some_rows(posterior) else shared_statistics(posterior)["k_hat"]

@@ -74,7 +74,9 @@ def sources(
     if isinstance(validation, str) and validation == "auto":
         # Rows that are held out are missing from the posterior of what all rows share.
         few = round(_HELD_OUT * (train.count or 0)) == 0
-        return (train, None) if few or not rows_have_latents(model, train) else _split(train, _HELD_OUT, seed)
+        if few or not _can_be_split(train) or not rows_have_latents(model, train):
+            return train, None
+        return _split(train, _HELD_OUT, seed)
     if isinstance(validation, (int, float)):
         if isinstance(validation, bool) or not 0.0 < validation < 1.0:
             raise ValueError(
@@ -88,12 +90,18 @@ def sources(
     )
 
 
-def _split(train: Source, share: float, seed: int) -> tuple[Source, Source | None]:
-    if isinstance(train, Rows):
+def _can_be_split(train: Source) -> bool:
+    return isinstance(train, Rows) or (isinstance(train, Loaded) and train.can_be_split)
+
+
+def _split(train: Source, share: float, seed: int) -> tuple[Source, Source]:
+    if isinstance(train, Rows) or (isinstance(train, Loaded) and train.can_be_split):
         return train.split(share, randomness.seed_of(seed, 5))
-    if isinstance(train, Loaded) and train.can_be_split:
-        return train.split(share, randomness.seed_of(seed, 5))
-    return train, None  # nothing that could be held out
+    what = "a DataLoader of its own order" if isinstance(train, Loaded) else "batch_size=None"
+    raise ValueError(
+        f"validation={share} of the rows cannot be held out with {what}; give other data as validation=, or "
+        "validation=None"
+    )
 
 
 def steps_for(max_steps: int | None, max_epochs: int | None, train: Source) -> int:
@@ -108,7 +116,7 @@ def steps_for(max_steps: int | None, max_epochs: int | None, train: Source) -> i
         count("max_epochs", max_epochs)
         if train.steps is None:
             raise ValueError("max_epochs needs a DataLoader that knows its length; give max_steps")
-        return max_epochs * train.steps
+        return max_epochs * (1 if isinstance(train, Whole) else train.steps)
     if max_steps is not None:
         count("max_steps", max_steps)
     return _STEPS if max_steps is None else max_steps

@@ -74,14 +74,13 @@ def counting(model: Callable[..., Any], source: Source) -> Counting:
     if isinstance(source, Whole):
         return _of_everything(structure)
     rows = Rows(batch, 1)
-    fewer = rows.take(torch.arange(rows.count - 1))
-    smaller = read(model, fewer.args, fewer.kwargs)
+    count = rows.count - 1 if rows.count > 1 else 2  # one row, twice: an empty batch is no batch
+    others = rows.take(torch.arange(count) % rows.count)
+    other = read(model, others.args, others.kwargs)
     own = frozenset(
         name
         for name, plate in structure.plates.items()
-        if name in smaller.plates
-        and plate.batch == rows.count
-        and smaller.plates[name].batch == rows.count - 1
+        if name in other.plates and plate.batch == rows.count and other.plates[name].batch == count
     )
     if not own:
         raise ValueError(
@@ -91,7 +90,7 @@ def counting(model: Callable[..., Any], source: Source) -> Counting:
             "every step"
         )
     first = structure.plates[next(iter(own))]
-    if first.subsampled and smaller.plates[first.name].size == first.size:
+    if first.subsampled and other.plates[first.name].size == first.size:
         return Counting(own, float(first.size), float(first.size), by_model=True)
     total = float(source.count or rows.count)
     if _all_inside(structure, own):

@@ -13,7 +13,7 @@ from pyro_guides.families import Family
 from pyro_guides.guide import AmortizedGuide
 from pyro_guides.network import Network
 from pyro_guides.training import randomness
-from pyro_guides.training.data import Arguments, Rows
+from pyro_guides.training.data import Arguments, Rows, Whole
 from pyro_guides.training.judging import mean_and_error
 from pyro_guides.training.ladder import Evidence, How, Rung, climb, examine
 from pyro_guides.training.legs import Legs
@@ -26,6 +26,7 @@ logger = logging.getLogger("pyro_guides")
 
 _SHORT = 0.1  # of all steps, for each start
 _EXAMINED = 40  # rows, to find out what holds q back
+_MOST_TOGETHER = 500  # rows, to find out about what they share
 
 
 @final
@@ -80,12 +81,23 @@ class Stages:
             if number:
                 with randomness.own_numbers(task.seed, number):
                     scatter(task.model, task.guide, task.train.first())
-            run = self._legs.start(f"start {number + 1} of {wanted}", short)
-            score = float(task.measure().mean())
-            if done.best_start is None or score > max(done.scores):
-                done.best_start = run.state_dict()
+            name, score = f"start {number + 1} of {wanted}", -math.inf
+            try:
+                run = self._legs.start(name, short)
+                score = _or_worst(float(task.measure().mean()))
+                if score > max(done.scores, default=-math.inf):
+                    done.best_start = run.state_dict()
+            except FloatingPointError as error:
+                if done.best_start is None and number + 1 == wanted:
+                    raise
+                logger.warning("%s is given up: %s", name, error)
             done.scores.append(score)
-            logger.info("start %d of %d came to %.3f nats per row", number + 1, wanted, score)
+            logger.info("%s came to %.3f nats per row", name, score)
+        if wanted and done.best_start is None:
+            raise FloatingPointError(
+                f"none of {wanted} starts came to a finite ELBO: look at the model's log densities of the "
+                "validation rows, or lower learning_rate"
+            )
         done.origin = None  # not needed any more
 
     # --- runs that count
@@ -147,7 +159,9 @@ class Stages:
     def _examine(self, rung: int) -> Evidence:
         task = self._task
         with randomness.own_numbers(task.seed, 3, rung):
-            found = examine(self._guide, self._some_rows()) if task.processes.first else None
+            found = None
+            if task.processes.first:
+                found = examine(self._guide, self._some_rows(), self._all_rows())
         evidence: Evidence = task.processes.same(found)
         return evidence
 
@@ -156,6 +170,13 @@ class Stages:
         if isinstance(source, Rows):
             return self._task.processes.receive(source.take(torch.arange(min(_EXAMINED, source.count))))
         return self._task.processes.receive(source.first())
+
+    def _all_rows(self) -> Arguments | None:
+        """The rows of training, if they can be looked at together."""
+        train = self._task.train
+        if isinstance(train, Rows) and train.count <= _MOST_TOGETHER:
+            return self._task.processes.receive(train.take(torch.arange(train.count)))
+        return self._task.processes.receive(train.first()) if isinstance(train, Whole) else None
 
     @property
     def _guide(self) -> AmortizedGuide:
@@ -195,3 +216,8 @@ class Stages:
         elbo = float(self._task.measure().mean()) if done.best is None else done.best.elbo
         done.rungs.append(Rung(", ".join(families), how, run.step, elbo, gap, verdict))
         logger.info("ladder: %s: %s", done.rungs[-1].family, verdict)
+
+
+def _or_worst(score: float) -> float:
+    """A score that can be compared: NaN is no better than the worst."""
+    return -math.inf if math.isnan(score) else score

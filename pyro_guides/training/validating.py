@@ -23,6 +23,7 @@ from pyro_guides.training.data import Arguments, Rows, Source, Whole
 from pyro_guides.training.faults import without_warnings
 from pyro_guides.training.objective import Objective
 from pyro_guides.training.processes import Processes
+from pyro_guides.training.rows import counting
 
 __all__ = ["Validation", "quiet"]
 
@@ -50,6 +51,8 @@ class Validation:
     """
 
     def __init__(self, objective: Objective, held: Source, processes: Processes, seed: int) -> None:
+        if isinstance(held, Whole):  # which has rows of its own, and as many as it has
+            objective = replace(objective, counting=counting(objective.model, held))
         self._objective = objective
         self._held = held
         self._processes = processes

@@ -121,8 +121,7 @@ def fit(
 
     Raises:
         ImportError: Lightning Fabric is not installed (``pip install 'pyro-guides[fit]'``).
-        TypeError, ValueError: an argument is not what it should be, or a share of the rows that cannot be held
-            out.
+        TypeError, ValueError: an argument is not what it should be, or the share of rows cannot be held out.
         FloatingPointError: steps have no finite loss, of all starts; says at which site and rows.
         FileExistsError: there is a checkpoint already, and ``resume`` is False.
         UnreadableFileError: the checkpoint is damaged.

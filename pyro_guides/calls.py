@@ -113,8 +113,7 @@ class Call:
                 self._note(self._observed(turn.group))
                 continue
             if held.keys() >= set(names):
-                self._note(joined([self.structure.latents[name].unconstrain(held[name]) for name in names]))
-                self.values |= {name: held[name] for name in names}
+                self._note(joined([self._held(name, held[name]) for name in names]))
                 continue
             u = pick(self._conditional(turn).distribution())
             self._note(u)
@@ -124,6 +123,12 @@ class Call:
                 own = u[..., slice(*turn.group.bounds[name])]
                 self.values[name] = piece(self.structure.latents[name], found).constrain(own)
         return self.values
+
+    def _held(self, name: str, value: Tensor) -> Tensor:
+        """U of a latent that has a given value, on the support that earlier values give it."""
+        self._refresh({name})
+        self.values[name] = value
+        return self.structure.latents[name].unconstrain(value)
 
     def _note(self, u: Tensor | None, joints: Sequence[Joint] = (), tags: Tags = frozenset()) -> None:
         self._u.append(u)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["to_netcdf"]
 
 _ENGINE: Any = "h5netcdf"
+_CONSTANTS = "constant_data"
 _CHUNK_BYTES = 4 * 2**20  # large enough to read fast, small enough to read a few rows without many others
 _KINDS = "biufU"  # what netCDF has a type for: booleans, numbers, text
 
@@ -141,13 +142,25 @@ class _Stream:
     def append(self, tables: Tables) -> None:
         """Write what comes next in the dimension."""
         self._parts += 1
-        self._check(tables.groups)
+        groups = {name: self._as_before(table, name) for name, table in tables.groups.items()}
+        self._check(groups)
         self._attrs = _shared(self._attrs, tables.attrs)
-        for group, table in tables.groups.items():
+        for group, table in groups.items():
             self._group_attrs[group] = _shared(self._group_attrs[group], table.attrs)
         with needed("h5netcdf").File(self._path, "a") as file:
             for group in self._rows:
-                self._write(file[group], group, tables.groups[group])
+                self._write(file[group], group, groups[group])
+
+    def _as_before(self, table: Dataset, group: str) -> Dataset:
+        """Arguments for a single row, which do not look like rows, with the dimensions of earlier parts."""
+        for name, first in self._templates.get(group, table).data_vars.items():
+            array = table.get(name)
+            if group != _CONSTANTS or array is None or array.dims == first.dims or array.ndim != first.ndim:
+                continue
+            if self._along in first.dims and array.shape[first.dims.index(self._along)] == 1:
+                renamed = {dim: own for dim, own in zip(array.dims, first.dims, strict=True) if dim != own}
+                table = table.assign({name: array.drop_vars(renamed, errors="ignore").rename(renamed)})
+        return table
 
     def finish(self, coords: Mapping[str, Sequence[Any]]) -> None:
         """Label the dimension, and write what all parts have in common."""

@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_guides.blocks import Blocks
+from pyro_guides.structure.reading import mask_inside
 from pyro_guides.vectorized import Vectorized, draw
 from pyro_guides.vectorized import count as number_of_draws
 
@@ -39,11 +40,13 @@ class Scores:
         log_prob: of every latent and observed site, masked and scaled, ``(S, *batch)``.
         likelihood: of every observed site, ``(S, *batch)``, not scaled; zero where it is masked.
         observed: the observed values.
+        counted: which of these are not masked, ``(*batch, *event)``, of the sites that have a mask.
     """
 
     log_prob: PerSite
     likelihood: PerSite
     observed: PerSite
+    counted: PerSite
 
 
 @final
@@ -73,12 +76,17 @@ class Simulation:
 @final
 @dataclass(frozen=True, eq=False)
 class _Sites:
-    """The sites of a model that have a density: what is observed, their plates, how large they are."""
+    """The sites of a model that have a density: what is observed, their plates, how large they are.
+
+    And any values of those that do not count.
+    """
 
     observed: PerSite
+    counted: PerSite
     plates: Mapping[str, set[str]]
     event_dims: Mapping[str, int]
     size: int
+    unseen: PerSite
 
     @property
     def names(self) -> list[str]:
@@ -97,6 +105,7 @@ class ModelCall:
         indices: the elements that subsampled plates take.
         blocks: where the model subsamples a plate by itself and all its elements are asked for; the model is
             run on one subsample after the other.
+        unseen: sites that the model draws by itself and that do not count, for nothing depends on them.
     """
 
     model: Callable[..., Any]
@@ -104,6 +113,7 @@ class ModelCall:
     kwargs: Mapping[str, Any]
     indices: Mapping[str, Tensor] = field(default_factory=dict)
     blocks: Blocks | None = None
+    unseen: frozenset[str] = frozenset()
     _scoring: Vectorized = field(default_factory=Vectorized)
     _simulating: Vectorized = field(default_factory=Vectorized)
     _known: _Sites | None = None
@@ -191,13 +201,13 @@ class ModelCall:
             self._known = found
 
         def score(values: PerSite) -> tuple[PerSite, PerSite]:
-            nodes = self._scored({**held, **values}, indices).nodes
+            nodes = self._scored({**found.unseen, **held, **values}, indices).nodes
             log_prob = {name: _full(nodes[name], "log_prob") for name in found.names}
             return log_prob, {name: _likelihood(nodes[name]) for name in found.observed}
 
         at_once = max(1, _VALUES_PER_PASS // max(1, found.size))
         log_prob, likelihood = self._scoring(score, (dict(draws),), at_once)
-        return Scores(log_prob, likelihood, found.observed)
+        return Scores(log_prob, likelihood, found.observed, found.counted)
 
     def _find(self, draws: PerSite, held: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> _Sites:
         """The sites that have a density, from one run at the first draw."""
@@ -205,7 +215,8 @@ class ModelCall:
             nodes = self._scored({**held, **draw(draws, 0)}, indices).nodes
         sites = {name: site for name, site in nodes.items() if _is_random(site) and not _is_computed(site)}
         latent = [name for name, site in sites.items() if not site["is_observed"]]
-        if drawn := [name for name in latent if name not in draws and name not in held]:
+        unseen = {name: torch.as_tensor(sites.pop(name)["value"]) for name in latent if name in self.unseen}
+        if drawn := [name for name in latent if name not in {*draws, *held, *unseen}]:
             raise NotImplementedError(
                 f"the model itself draws {drawn}, which the guide leaves to it (enumerated sites, for "
                 "instance), so log p of the other latents alone is not to be had"
@@ -215,7 +226,10 @@ class ModelCall:
         observed = {name: values[name] for name in data}  # a factor has no value
         inside = {name: {f.name for f in site["cond_indep_stack"]} for name, site in sites.items()}
         size = sum(value.numel() for value in values.values())
-        return _Sites(observed, inside, {name: _event_dim(site) for name, site in sites.items()}, size)
+        event_dims = {name: _event_dim(site) for name, site in sites.items()}
+        masks = {name: _counted(sites[name]) for name in observed}
+        counted = {name: mask for name, mask in masks.items() if mask is not None}
+        return _Sites(observed, counted, inside, event_dims, size, unseen)
 
     def _score_blocks(self, blocks: Blocks, draws: PerSite, held: Mapping[str, Tensor]) -> Scores:
         """Scores of all elements of a plate, from subsamples of the model's own size."""
@@ -233,6 +247,7 @@ class ModelCall:
             {name: value / plate.scale if name in none else value for name, value in log_prob.items()},
             blocks.joined([scores.likelihood for scores in parts], none),
             blocks.joined([scores.observed for scores in parts], event_dims),
+            blocks.joined([scores.counted for scores in parts], event_dims),
         )
 
     def _scored(self, values: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> Trace:
@@ -295,6 +310,19 @@ def _likelihood(site: Any) -> Tensor:
     if mask is None or mask is True:
         return value
     return torch.where(torch.as_tensor(mask, device=value.device), value, torch.zeros_like(value))
+
+
+def _counted(site: Any) -> Tensor | None:
+    """Which elements of an observed value are not masked, in its full shape; None if nothing is."""
+    fn, outer = site["fn"], site["mask"]
+    inner, inner_dim = mask_inside(fn)
+    masks = [] if inner is None else [inner.reshape(inner.shape + (1,) * (fn.event_dim - inner_dim))]
+    if outer is not None and outer is not True:
+        own = torch.as_tensor(outer)
+        masks.append(own.reshape(own.shape + (1,) * fn.event_dim))
+    if not masks:
+        return None
+    return torch.stack([mask.expand(fn.shape()) for mask in masks]).all(0)
 
 
 def _is_random(site: Any) -> bool:

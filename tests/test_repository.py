@@ -83,7 +83,7 @@ ARROWS = {
         "turns",
     },
     "blocks": {"structure"},
-    "scoring": {"blocks", "vectorized"},
+    "scoring": {"blocks", "structure", "vectorized"},
     "posterior": {
         "blocks",
         "distributions",

@@ -175,11 +175,8 @@ def _observed_site(posterior: Posterior, name: str | None) -> str:
 
 def _unmasked(posterior: Posterior, site: str, shape: torch.Size) -> NDArray[np.bool_]:
     """Which values of an observed site count, in one dimension."""
-    own = posterior.structure.observed[site]
-    if own.mask is None or posterior.query.opened:  # there, it is the mask of one subsample
-        return np.ones(shape.numel(), dtype=bool)
-    mask = torch.as_tensor(own.mask)
-    return flat(mask.reshape(mask.shape + (1,) * own.event_dim).expand(shape))
+    counted = posterior.counted.get(site)
+    return np.ones(shape.numel(), dtype=bool) if counted is None else flat(counted.expand(shape))
 
 
 # --- how it is drawn

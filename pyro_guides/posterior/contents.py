@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_guides.structure import Structure
@@ -35,7 +36,7 @@ def contents(posterior: Posterior) -> dict[str, dict[str, Variable]]:
     unconstrained = {
         name: latent.require_transform().inv(posterior.draws[name])
         for name, latent in latents.items()
-        if not latent.discrete
+        if not (latent.discrete or query.is_live(name))
     }
     sizes = {name: len(latent.unconstrained_shape) for name, latent in latents.items()}
     events = {name: len(latent.event_shape) for name, latent in latents.items()}
@@ -44,13 +45,20 @@ def contents(posterior: Posterior) -> dict[str, dict[str, Variable]]:
         "unconstrained_posterior": drawn(unconstrained, sizes),
         "log_likelihood": drawn(posterior.log_likelihood, dict.fromkeys(posterior.log_likelihood, 0)),
         "observed_data": {
-            name: variable(value, dims[name], structure.observed[name].event_dim, draws=False)
-            for name, value in posterior.observed.items()
+            name: _observed(value, name, structure, dims[name]) for name, value in posterior.observed.items()
         },
         "constant_data": _constants(posterior),
         "sample_stats": _statistics(posterior, _dims(rows, structure)),
     }
     return {group: found for group, found in groups.items() if found}
+
+
+def _observed(value: Tensor, name: str, structure: Structure, dims: Mapping[str, int]) -> Variable:
+    """Observed values in all elements of their plates, over which they may broadcast."""
+    site = structure.observed[name]
+    event = value.shape[value.dim() - site.event_dim :]
+    whole = torch.broadcast_shapes(value.shape, (*structure.batch_shape(site.plates), *event))
+    return variable(value.expand(whole), dims, site.event_dim, draws=False)
 
 
 def attributes(posterior: Posterior) -> dict[str, Any]:
@@ -130,10 +138,20 @@ def _constants(posterior: Posterior) -> dict[str, Variable]:
     found |= {name: value for name, value in query.kwargs.items() if name not in observed}
     taken = {*query.structure.latents, *query.structure.observed}
     return {
-        name: Variable(value.numpy(force=True), _rows_of(value, query))
+        name: Variable(array, _rows_of(value, query))
         for name, value in found.items()
-        if isinstance(value, torch.Tensor) and name not in taken
+        if isinstance(value, torch.Tensor) and name not in taken and (array := _array(value)) is not None
     }
+
+
+def _array(value: Tensor) -> NDArray[Any] | None:
+    """An argument as NumPy has it, if it does."""
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    try:
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy(force=True)
+    except TypeError:
+        return None
 
 
 def _rows_of(value: Tensor, query: Query) -> tuple[str, ...]:

@@ -87,6 +87,11 @@ def nuts(posterior: Posterior, *, full_mass: bool, num_chains: int, **options: A
     query = posterior.query
     if discrete := [name for name, latent in query.latents.items() if latent.discrete]:
         raise ValueError(f"NUTS moves continuous latents only, but {discrete} are discrete")
+    if live := [name for name in query.latents if query.is_live(name)]:
+        raise ValueError(
+            f"NUTS moves latents on fixed supports, but those of {live} depend on other latents; write them "
+            "as a fixed one that is scaled, such as Uniform(0, 1) times the bound"
+        )
     plates = query.structure.plates.items()
     if subsampled := [name for name, plate in plates if plate.subsampled or name in query.opened]:
         raise ValueError(

@@ -54,7 +54,8 @@ class Loo:
         return values[~values.isnan()]
 
     def __repr__(self) -> str:
-        worst = max(float(values.nan_to_num(-torch.inf).max()) for values in self.k_hat.values())
+        infinite = {"posinf": torch.inf, "neginf": -torch.inf}
+        worst = max(float(x.nan_to_num(-torch.inf, **infinite).max()) for x in self.k_hat.values())
         return f"Loo(elpd={self.elpd:.2f}, error={self.error:.2f}, worst k_hat={worst:.2f})"
 
 
@@ -72,11 +73,20 @@ def loo(posterior: Posterior) -> Loo:
         weights = weights.masked_fill(impossible, -torch.inf)
         found = psis.smooth(weights.numpy(force=True))
         smooth = torch.from_numpy(found.log_weights)
-        masked = (likelihood == 0.0).all(0)  # no value has density one, whatever the draw
+        masked = _masked(posterior, name, likelihood)
         elpd = (smooth + likelihood.double()).logsumexp(0)
         pointwise[name] = elpd.masked_fill(masked, torch.nan)
         k_hat[name] = torch.as_tensor(found.k_hat).masked_fill(masked, torch.nan)
     return Loo(pointwise, k_hat)
+
+
+def _masked(posterior: Posterior, name: str, likelihood: Tensor) -> Tensor:
+    """Which observations the model masks, all of what they hold."""
+    counted = posterior.counted.get(name)
+    if counted is None:
+        return torch.zeros(likelihood.shape[1:], dtype=torch.bool)
+    counted = counted.reshape(*counted.shape[: likelihood.dim() - 1], -1).any(-1)
+    return ~counted.expand(likelihood.shape[1:])
 
 
 def _broadcast_weights(posterior: Posterior, name: str, likelihood: Tensor) -> Tensor:

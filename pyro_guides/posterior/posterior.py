@@ -156,6 +156,11 @@ class Posterior:
         """The values of the observed sites."""
         return self._scores.observed
 
+    @property
+    def counted(self) -> dict[str, Tensor]:
+        """Which values of the observed sites the model does not mask, of those that have a mask."""
+        return self._scores.counted
+
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Exact log q of given values of all latents, ``(*row plates)`` or ``(S, *row plates)``.
 

@@ -79,7 +79,9 @@ def predict(posterior: Posterior, args: tuple[Any, ...], kwargs: Mapping[str, An
         if not args:
             args, kwargs = _updated(query, kwargs)
         model, group = replace(model, args=args, kwargs=dict(kwargs)), "predictions"
-    return Prediction(model.simulate(posterior.draws, query.held), group, group)
+    found = model.simulate(posterior.draws, query.held)
+    found = replace(found, observed=found.observed | query.left_to_model)
+    return Prediction(found, group, group)
 
 
 def _updated(query: Query, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from pyro_guides.blocks import Blocks
 from pyro_guides.encoding import Contexts, Encoding
 from pyro_guides.refinement import Refinement
 from pyro_guides.scoring import ModelCall
-from pyro_guides.structure import Latent, Observed, Plate, Structure
+from pyro_guides.structure import Latent, Observed, Plate, Structure, dependencies
 from pyro_guides.turns import Turn, take_turns
 
 if TYPE_CHECKING:
@@ -85,8 +85,19 @@ class Query:
 
     @property
     def latents(self) -> dict[str, Latent]:
-        """The latents that are drawn."""
-        return {name: x for name, x in self.structure.latents.items() if name not in self.held}
+        """The latents that are drawn: not those that are held, or left to the model."""
+        others = {*self.held, *self.left_to_model}
+        return {name: x for name, x in self.structure.latents.items() if name not in others}
+
+    @cached_property
+    def left_to_model(self) -> frozenset[str]:
+        """Sites that were observed when the guide was set up, and that this call has no values of."""
+        knows = self.guide._require_memory().knows
+        return frozenset(name for name in self.structure.latents if not knows(name))
+
+    def is_live(self, name: str) -> bool:
+        """Whether the support of a latent differs from draw to draw."""
+        return self.guide._require_memory().is_live(name)
 
     @cached_property
     def inner_plates(self) -> tuple[str, ...]:
@@ -155,7 +166,15 @@ class Query:
         for plate in self.opened.values():
             inside = [x for x in self.structure.latents.values() if plate.name in x.plates]
             blocks = Blocks(plate, {x.name: len(x.event_shape) for x in inside})
-        return ModelCall(self.guide.model, self.args, self.kwargs, indices, blocks)
+        return ModelCall(self.guide.model, self.args, self.kwargs, indices, blocks, self._unseen)
+
+    @property
+    def _unseen(self) -> frozenset[str]:
+        """The sites left to the model that nothing depends on, so that they integrate to one."""
+        if not self.left_to_model:
+            return frozenset()
+        children = dependencies(self.guide.model, self.args, self.kwargs).children
+        return frozenset(name for name in self.left_to_model if not children.get(name))
 
     def run(self, count: int, values: Mapping[str, Tensor] | None = None) -> Trace:
         """Trace one run of the guide for ``count`` draws side by side.
@@ -251,7 +270,10 @@ class Query:
 
     def central_draw(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The draw closest to the centre, on unconstrained scales in units of their spread."""
-        parts = [self.structure.latents[name].unconstrain(value) for name, value in draws.items()]
+        parts = [
+            value if self.is_live(name) else self.structure.latents[name].unconstrain(value)
+            for name, value in draws.items()
+        ]
         u = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
         distance = ((u - u.mean(0)) / (u.std(0, correction=0) + 1e-12)).square().sum(-1)
         return {name: value[int(distance.argmin())] for name, value in draws.items()}

@@ -57,15 +57,18 @@ def _place(query: Query, level: Tensor) -> dict[str, Tensor]:
 
 def _has_closed_quantiles(query: Query) -> bool:
     network = query.guide.network
-    return all(
+    alone = all(
         not part.upstream and network.family(index).has_quantiles for index, part in enumerate(network.parts)
-    ) and all(map(_is_increasing, query.structure.latents.values()))
+    )
+    latents = query.structure.latents
+    return alone and not any(map(query.is_live, latents)) and all(map(_is_increasing, latents.values()))
 
 
 def _is_increasing(latent: Latent) -> bool:
     """Whether each value is an increasing function of one unconstrained value."""
     transform = strip_independent(latent.require_transform())
     try:
-        return transform.codomain.event_dim == 0 and transform.sign == 1
+        increases = bool((torch.as_tensor(transform.sign) == 1).all())  # a tensor where bounds are tensors
+        return transform.codomain.event_dim == 0 and increases
     except NotImplementedError:
         return False

@@ -142,7 +142,8 @@ class FusedOptim(PyroOptim):
         group = self._groups[param]
         if any(group.get(key) != value for key, value in saved["options"].items()):
             group["params"] = [member for member in group["params"] if member is not param]
-            _join(self.optimizer, {"params": [param], **saved["options"]})
+            self.optimizer.param_groups = [own for own in self.optimizer.param_groups if own["params"]]
+            _join(self.optimizer, {"params": [param], **saved["options"]}, steps=True)
             self._groups[param] = _group_of(self.optimizer, param)
 
 
@@ -173,9 +174,17 @@ class Adam(FusedOptim):
         super().__init__(torch.optim.Adam, optim_args, clip_args, schedule=schedule)
 
 
-def _join(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Put a group's parameters where the options are the same, for one fused step; or on their own."""
+def _join(optimizer: Optimizer, group: dict[str, Any], *, steps: bool = False) -> None:
+    """Put a group's parameters where the options are the same, for one fused step; or on their own.
+
+    Args:
+        optimizer: the optimizer.
+        group: the group.
+        steps: whether the schedule must be at the same step, too; else they follow that of the others.
+    """
     for other in optimizer.param_groups:
+        if steps and other.get("steps", 0) != group.get("steps", 0):
+            continue
         if _options(other) == _options(group):
             other["params"].extend(group["params"])
             return

@@ -59,10 +59,23 @@ class Scale(ABC):
 
     def covariance(self) -> Tensor:
         """S Sᵀ, ``(..., D, D)``."""
+        matrix = self.matrix()
+        return matrix @ matrix.mT
+
+    def matrix(self) -> Tensor:
+        """S, ``(..., D, D)``."""
         eye = torch.eye(self.diagonal.shape[-1], dtype=self.diagonal.dtype, device=self.diagonal.device)
         images = [self.multiply(unit) for unit in eye]
-        root = torch.stack(torch.broadcast_tensors(*images), dim=-1)
-        return root @ root.mT
+        return torch.stack(torch.broadcast_tensors(*images), dim=-1)
+
+    def triangular_root(self) -> Tensor:
+        """The triangular L with L Lᵀ = S Sᵀ, ``(..., D, D)``.
+
+        By a QR decomposition of Sᵀ: S Sᵀ has twice as many digits between its largest and smallest values.
+        """
+        _, upper = torch.linalg.qr(self.matrix().mT)
+        signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+        return (upper * signs.unsqueeze(-1)).mT
 
     def log_determinant(self) -> Tensor:
         r"""Log \|det S\| over the scored elements, ``(...)``."""

@@ -216,8 +216,8 @@ class _BoundFullRank(_BoundNormal):
         return super().adopt(other, parameters)
 
     def _factorized(self, q: VectorNormal) -> Tensor:
-        """λ of any normal, by the Cholesky factor of its covariance."""
-        return self._from_root(q.loc, torch.linalg.cholesky(q.scale.covariance()))
+        """λ of any normal, by the triangular root of its covariance."""
+        return self._from_root(q.loc, q.scale.triangular_root())
 
     def move(self, parameters: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
         if scale.dim() == loc.dim():

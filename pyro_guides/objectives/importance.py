@@ -113,6 +113,8 @@ class IWELBO(Objective):
     def differentiable_loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> Tensor:
         """Minus the bound, with the gradient that was asked for."""
         if self.num_particles == 1:
+            if self.plates is not None:
+                self._rows(model, guide, args, kwargs)  # says which plates there are not
             plain = Trace_ELBO(max_plate_nesting=self._depth)
             return torch.as_tensor(plain.differentiable_loss(model, guide, *args, **kwargs))
         rows = self._rows(model, guide, args, kwargs)
@@ -141,7 +143,21 @@ class IWELBO(Objective):
 
 
 def _bound(log_weights: Tensor) -> Tensor:
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
+    """The bound of each row; without a gradient where all particles are impossible."""
+    lost = _are_lost(log_weights)
+    log_weights = torch.where(lost, torch.zeros_like(log_weights), log_weights)
+    return (log_weights.logsumexp(0) - math.log(len(log_weights))).masked_fill(lost, -math.inf)
+
+
+def _are_lost(log_weights: Tensor) -> Tensor:
+    """The rows whose particles are all impossible."""
+    return log_weights.detach().isneginf().all(0)
+
+
+def _normalized(log_weights: Tensor) -> Tensor:
+    """Weights that sum to one; zero where all particles of a row are impossible."""
+    lost = _are_lost(log_weights)
+    return torch.where(lost, torch.zeros_like(log_weights), log_weights).softmax(0).masked_fill(lost, 0.0)
 
 
 def _standard(
@@ -149,11 +165,12 @@ def _standard(
 ) -> tuple[Terms, Tensor, Tensor]:
     """The bound's own gradient, with a score function where q is not reparameterized."""
     terms = evaluate(model, guide, args, kwargs, rows, count)
-    bound = surrogate = _bound(terms.log_weights)
+    bound, lost = _bound(terms.log_weights), _are_lost(terms.log_weights)
+    surrogate = bound.masked_fill(lost, 0.0)
     scores = terms.scores()
     if scores is not None:
         signal = bound - _bound_without_one(terms.log_weights)
-        surrogate = bound + (scores * signal.detach()).sum(0)
+        surrogate = surrogate + (scores * signal.detach().masked_fill(lost, 0.0)).sum(0)
     return terms, bound.detach(), surrogate
 
 
@@ -195,8 +212,9 @@ def _doubly_reparameterized(
         _check_sticks(site, shared=terms.has_shared_latents)
     log_q = terms.log_q_along_paths()
     log_weights = (terms.log_p - log_q).detach()
-    weights.append(log_weights.softmax(0))
-    surrogate = (weights[0] * terms.log_p - weights[0].square() * log_q).sum(0)
+    weights.append(_normalized(log_weights))
+    log_p = _where_possible(terms.log_p, log_weights)
+    surrogate = (weights[0] * log_p - weights[0].square() * log_q).sum(0)
     return terms, _bound(log_weights), surrogate
 
 
@@ -206,9 +224,15 @@ def _wake(
     """The bound's gradient for the model; for q, that of the log density of weighted draws."""
     terms = evaluate(model, guide, args, kwargs, rows, count, Tensor.detach)
     log_q = rescored(guide, args, kwargs, terms).log_q
-    log_weights = (terms.log_p - log_q).detach()
-    surrogate = (log_weights.softmax(0) * (terms.log_p + log_q)).sum(0)
+    log_weights = (terms.log_p - terms.log_q).detach()  # with whatever weighs the KL term, log_q without
+    log_p = _where_possible(terms.log_p, log_weights)
+    surrogate = (_normalized(log_weights) * (log_p + log_q)).sum(0)
     return terms, _bound(log_weights), surrogate
+
+
+def _where_possible(log_p: Tensor, log_weights: Tensor) -> Tensor:
+    """Log p, and zero where a weight of zero would meet minus infinity."""
+    return torch.where(log_weights.isneginf(), torch.zeros_like(log_p), log_p)
 
 
 def _check_sticks(site: Site, *, shared: bool) -> None:

@@ -20,13 +20,12 @@ def split_scales(sites: Iterable[Site], rows: Rows) -> float | Tensor:
     That is the factor of subsampled row plates, and any scale that all of these sites have in common.
 
     Raises:
-        ValueError: there are no rows, but a subsampled plate.
+        ValueError: a row sees a part of its own data.
     """
     inside = [site for site in sites if rows.hold(site)]
     if not inside:
         return 1.0
-    if not rows.plates:
-        _check_not_subsampled(inside)
+    _check_not_subsampled(inside, rows)
     own = [site["scale"] / rows.scale(site) for site in inside]
     common = (
         own[0] if all(_same(scale, own[0]) for scale in own) and _by_row(own[0], inside[0], rows) else 1.0
@@ -36,15 +35,18 @@ def split_scales(sites: Iterable[Site], rows: Rows) -> float | Tensor:
     return common * rows.scale(inside[0])
 
 
-def _check_not_subsampled(sites: Iterable[Site]) -> None:
+def _check_not_subsampled(sites: Iterable[Site], rows: Rows) -> None:
+    row = f"rows are the elements of {sorted(rows.plates)}"
+    if not rows.plates:
+        row = "no plate holds all latents, so that the posterior is a joint one"
     for site in sites:
         for frame in site["cond_indep_stack"]:
-            if abs(scale_of(frame) - 1.0) > _SAME:
+            if frame.name not in rows.plates and abs(scale_of(frame) - 1.0) > _SAME:
                 raise ValueError(
-                    f"no plate holds all latents, so that the posterior is a joint one, but '{site['name']}' "
-                    f"sees {frame.size} of the {frame.full_size} elements of plate '{frame.name}': weights "
-                    "of part of the data, raised to the power of N/B, are no importance weights. Pass all "
-                    "data, take Trace_ELBO, or name the plates of independent rows with plates=[...]"
+                    f"{row}, but '{site['name']}' sees {frame.size} of the {frame.full_size} elements of "
+                    f"plate '{frame.name}': weights of part of a row's data, raised to the power of N/B, are "
+                    "no importance weights. Pass all data, take Trace_ELBO, or name the plates of the "
+                    "independent rows with plates=[...]"
                 )
 
 

@@ -15,6 +15,7 @@ from pyro_guides.inputs import with_observations
 from pyro_guides.objectives.base import Objective
 from pyro_guides.objectives.frozen import frozen
 from pyro_guides.objectives.rows import Guide, Model, random_sites
+from pyro_guides.objectives.tempering import Unweighed
 from pyro_guides.objectives.terms import log_prob_of
 from pyro_guides.scoring import ModelCall
 from pyro_guides.simulating import as_argument, check_reach
@@ -80,6 +81,10 @@ class ForwardKL(Objective):
 
     def differentiable_loss(self, model: Model, guide: Guide, *args: Any, **kwargs: Any) -> Tensor:
         """The mean of minus log q over simulated data sets, with the gradient of the guide's parameters."""
+        with Unweighed():
+            return self._loss(model, guide, args, kwargs)
+
+    def _loss(self, model: Model, guide: Guide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if isinstance(guide, AmortizedGuide) and not guide.is_set_up:
             _set_up(model, guide, args, kwargs)
         structure = _structure(model, guide, args, kwargs)

@@ -25,7 +25,11 @@ from pyro_guides.distributions.mixture import VectorStratum
 from pyro_guides.distributions.sites import SiteDistribution
 from pyro_guides.objectives.rows import is_delta
 
-__all__ = ["Tempering"]
+__all__ = ["Tempering", "Unweighed"]
+
+
+class Unweighed(Messenger):
+    """Runs of a guide whose log q is what is trained, not a part of a KL term: no weights concern them."""
 
 
 class Tempering(Messenger):
@@ -95,6 +99,8 @@ class Tempering(Messenger):
     def concerns(self, msg: Any) -> bool:
         """Whether a site is a latent that the guide draws."""
         if msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+            return False
+        if any(isinstance(handler, Unweighed) for handler in _PYRO_STACK):
             return False
         return not self._replayed() or self.is_in_model(msg)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from pyro_guides.objectives.frozen import frozen
 from pyro_guides.objectives.rows import Guide, Model, Rows, Site, is_delta, random_sites
 from pyro_guides.objectives.scales import split_scales
+from pyro_guides.objectives.tempering import Unweighed
 from pyro_guides.particles import RowParticles
 
 __all__ = ["Terms", "evaluate", "rescored"]
@@ -214,7 +215,7 @@ def rescored(guide: Guide, args: tuple[Any, ...], kwargs: dict[str, Any], terms:
     """
     given = _replaced(terms.guide_trace, lambda site: site["value"].detach())
     replayed = terms.particles()(poutine.replay(guide, trace=given))
-    with frozen(guide, lambda part: not terms.rows.plates <= set(part.group.plates)):
+    with frozen(guide, lambda part: not terms.rows.plates <= set(part.group.plates)), Unweighed():
         trace = poutine.trace(replayed).get_trace(*args, **kwargs)
     for site in random_sites(trace):
         site["scale"] = terms.guide_trace.nodes[site["name"]]["scale"]

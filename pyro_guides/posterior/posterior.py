@@ -83,10 +83,8 @@ class Posterior:
             self.__dict__["_sample"] = sample
 
     def __repr__(self) -> str:
-        shapes = ", ".join(
-            f"{name}: {tuple(self.query.natural_shape(latent))}"
-            for name, latent in self.query.latents.items()
-        )
+        query = self.query
+        shapes = ", ".join(f"{n}: {tuple(query.natural_shape(x))}" for n, x in query.latents.items())
         given = f", given {', '.join(self.query.held)}" if self.query.held else ""
         return f"Posterior({self.num_draws} draws of {shapes}{given})"
 
@@ -128,10 +126,8 @@ class Posterior:
 
     def densities_of_rows(self) -> tuple[Tensor, Tensor] | None:
         """Log p and log q of each row given what rows share, for batches of such rows; else None."""
-        log_q = self._sample.log_q_of_rows
-        if log_q is None:
-            return None
-        return self.query.by_row(self._scores.log_prob, self.query.inner_plates), log_q
+        log_q, query = self._sample.log_q_of_rows, self.query
+        return None if log_q is None else (query.by_row(self._scores.log_prob, query.inner_plates), log_q)
 
     @cached_property
     def log_weights(self) -> Tensor:
@@ -206,8 +202,7 @@ class Posterior:
                 "no plate keeps the rows of this model apart: all of its latents are judged jointly. Rows "
                 "are apart if every site that depends on a latent of a row lies in the row's plate"
             )
-        if given is None:
-            given = query.central_draw({name: self.draws[name] for name in upper})
+        given = query.central_draw({name: self.draws[name] for name in upper}) if given is None else given
         held = {name: query.single(name, given) for name in upper}
         if unknown := sorted(given.keys() - held.keys()):
             raise ValueError(f"given names {unknown}, but the latents outside the rows are {upper}")

@@ -164,7 +164,7 @@ class Call:
     def _new_joints(self, turn: Turn, found: Masks) -> list[Joint]:
         """One joint draw for the group, or one per site where the family factorizes."""
         group, family = turn.group, self.network.family(turn.part)
-        conditional = self._conditional(turn)
+        conditional = _masked(self._conditional(turn), found)
         tags = self._upstream_tags(turn)
         if family.factorized:
             return [
@@ -223,7 +223,7 @@ class Call:
         (name,) = group.sites
         latent = self.structure.latents[name]
         alphabet = cast("Alphabet", latent.alphabet)
-        conditional = self._conditional(turn)
+        conditional = _masked(self._conditional(turn), found)
         mask = found.inner[name][0] if name in found.inner else None
 
         def revised() -> Any:
@@ -327,6 +327,14 @@ class Call:
                     f"and '{latent.name}' by {latent.scale}; give them families of their own with "
                     f"family={{'{latent.name}': ...}}, or take DiagonalNormal()"
                 )
+
+
+def _masked(conditional: Conditional, found: Masks) -> Conditional:
+    """The same, whose control variate knows what is masked."""
+    if conditional.control is None:
+        return conditional
+    counted = found.shared if found.scored is None else found.scored.any(-1)
+    return conditional if counted is None else replace(conditional, counted=torch.as_tensor(counted))
 
 
 def _same(a: float | Tensor, b: float | Tensor) -> bool:

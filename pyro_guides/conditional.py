@@ -28,6 +28,7 @@ class Conditional:
         twin: λ with a gradient path to upstream values only; None if there are none.
         control: what takes the noise out of a score function; None if nothing does.
         prediction: what a network expects the cost to be; None without one.
+        counted: which elements are not masked, ``(*batch)``; all of them if None.
     """
 
     family: BoundFamily
@@ -36,6 +37,7 @@ class Conditional:
     twin: Tensor | None = None
     control: ControlVariate | None = None
     prediction: Tensor | None = None
+    counted: Tensor | None = None
 
     def distribution(self, scored: Tensor | None = None, site: str | None = None) -> VectorDistribution:
         """q(u; λ) of the group, or of one site alone where the family factorizes."""
@@ -61,7 +63,7 @@ class Conditional:
         """The same score function with less noise in its gradient."""
         if self.control is None:
             return score
-        controlled: Tensor = self.control(score, self.prediction)
+        controlled: Tensor = self.control(score, self.prediction, self.counted)
         return controlled
 
     def _bind(self, family: Any, parameters: Tensor, scored: Tensor | None, site: str | None) -> Any:

@@ -11,7 +11,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 from torch.distributions.transforms import CorrCholeskyTransform
 
-from pyro_guides import AmortizedGuide, DiagonalNormal, FullRankNormal, LowRankNormal, optim
+from pyro_guides import AmortizedGuide, DiagonalNormal, Discrete, FullRankNormal, LowRankNormal, optim
 from pyro_guides.distributions.transforms import bijection
 from pyro_guides.objectives import IWELBO, ForwardKL, FreeBits, kl_weight
 
@@ -193,3 +193,33 @@ def test_a_narrow_low_rank_normal_is_promoted_at_single_precision(ratio):
     value = old.rsample((100,))
     error = (new.log_prob(value) - old.log_prob(value)).abs().mean()
     assert float(error) < 0.1
+
+
+# --- score functions
+
+
+def switched(x):
+    """One value of z costs exactly nothing while q is the prior."""
+    with pyro.plate("row", len(x)):
+        z = pyro.sample("z", dist.Bernoulli(torch.full((len(x),), 0.5, **F64)))
+        with pyro.poutine.mask(mask=z.bool()):
+            pyro.sample("x", dist.Normal(torch.zeros((), **F64), 0.1), obs=x)
+
+
+@pytest.mark.parametrize("baseline", ["auto", "leave_one_out", "running_mean", None])
+def test_a_cost_of_zero_is_a_cost(baseline):
+    x = torch.zeros(50, **F64)
+    guide = AmortizedGuide(switched, family=Discrete(baseline=baseline), amortize=()).setup(x)
+    parameter = guide.network.head(0).bias
+    found = []
+    for _ in range(200):
+        loss = Trace_ELBO().differentiable_loss(switched, guide, x)
+        (gradient,) = torch.autograd.grad(loss, [parameter])
+        found.append(gradient.sum(0))
+    found = torch.stack(found)
+    # d/dlogit of -E_q[z log N(0 | 0, 0.1)], at q = 1/2, for each of 50 rows.
+    exact = -50.0 * 0.25 * float(dist.Normal(0.0, 0.1).log_prob(torch.zeros(())))
+    error = float(found[:, -1].std()) / 200**0.5
+    assert abs(float(found[:, -1].mean())) == pytest.approx(
+        abs(exact), abs=max(4.0 * error, 0.02 * abs(exact))
+    )

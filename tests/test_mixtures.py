@@ -439,11 +439,11 @@ def test_baselines_take_the_noise_out():
 @pytest.mark.parametrize("shape", [(8,), (3, 8)], ids=["plate", "particles"])
 def test_the_baseline_of_an_element_does_not_depend_on_its_own_cost(shape):
     control, cost = ControlVariate(1, (-1,)), torch.randn(shape, **F64) - 5.0
-    control.note(cost + 1.0)
-    cost[..., 2] = 0.0  # masked
+    control.note(cost + 1.0, torch.ones(shape, dtype=torch.bool))
+    cost[..., 2], counted = 0.0, torch.arange(8).ne(2).expand(shape)  # masked
     prediction, changed = torch.randn(8, **F64), cost.clone()
     changed.view(-1, 8)[0, 4] += 3.0
-    change = control.residual(changed, prediction) - control.residual(cost, prediction)
+    change = control.residual(changed, prediction, counted) - control.residual(cost, prediction, counted)
     assert float(change.view(-1, 8)[0, 4]) == pytest.approx(3.0, abs=1e-12)
     assert (change[..., 2] == 0.0).all()
     assert change.abs().gt(1e-12).sum() == (7 if len(shape) == 1 else 3)

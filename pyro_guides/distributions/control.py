@@ -44,23 +44,27 @@ class ControlVariate(nn.Module):
         self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
         self.moments: Tensor
 
-    def forward(self, score: Tensor, prediction: Tensor | None = None) -> Tensor:
+    def forward(
+        self, score: Tensor, prediction: Tensor | None = None, counted: Tensor | None = None
+    ) -> Tensor:
         """The same score with a controlled gradient.
 
         Args:
             score: log q of what was drawn, ``(particles, *batch)``.
             prediction: what a network says about each element's cost, in units of the running
                 moments; it is trained by the same backward pass. None without a network.
+            counted: which elements are not masked; all of them if None.
         """
         if prediction is None:
             prediction = score.new_zeros(())
-        controlled: Any = _Controlled.apply(score, prediction, self)
+        if counted is None:
+            counted = torch.ones((), dtype=torch.bool, device=score.device)
+        controlled: Any = _Controlled.apply(score, prediction, counted, self)
         return controlled
 
-    def residual(self, cost: Tensor, prediction: Tensor) -> Tensor:
-        """What is left of the costs."""
+    def residual(self, cost: Tensor, prediction: Tensor, counted: Tensor) -> Tensor:
+        """What is left of the costs of elements that count; others cost nothing, and say nothing."""
         mean, scale = self._mean_and_scale(cost)
-        counted = cost != 0  # masked elements cost nothing, and say nothing
         residual = torch.where(counted, cost - mean - scale * prediction, torch.zeros_like(cost))
         dims = self._averaged(cost)
         if dims:
@@ -74,9 +78,9 @@ class ControlVariate(nn.Module):
         mean, scale = self._mean_and_scale(cost)
         return (cost - mean) / scale
 
-    def note(self, cost: Tensor) -> None:
+    def note(self, cost: Tensor, counted: Tensor) -> None:
         """Take costs into the running moments, for the steps to come."""
-        seen = cost[cost != 0].double()
+        seen = cost[counted].double()
         if not len(seen) or not bool(seen.isfinite().all()):
             return
         new = torch.stack([torch.ones_like(seen[0]), seen.mean(), seen.square().mean()])
@@ -102,18 +106,21 @@ class _Controlled(torch.autograd.Function):
     """The identity on a score, whose gradient is what the control variate leaves of the costs."""
 
     @staticmethod
-    def forward(ctx: Any, score: Tensor, prediction: Tensor, control: ControlVariate) -> Tensor:
+    def forward(
+        ctx: Any, score: Tensor, prediction: Tensor, counted: Tensor, control: ControlVariate
+    ) -> Tensor:
         ctx.control = control
-        ctx.save_for_backward(prediction)
+        ctx.save_for_backward(prediction, counted)
         return score.clone()
 
     @staticmethod
-    def backward(ctx: Any, cost: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        (prediction,) = ctx.saved_tensors
-        residual = ctx.control.residual(cost, prediction)
+    def backward(ctx: Any, cost: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        prediction, counted = ctx.saved_tensors
+        counted = counted.expand(cost.shape)
+        residual = ctx.control.residual(cost, prediction, counted)
         error = None
         if ctx.needs_input_grad[1]:
-            error = torch.where(cost != 0, prediction - ctx.control.target(cost), torch.zeros_like(cost))
+            error = torch.where(counted, prediction - ctx.control.target(cost), torch.zeros_like(cost))
             error = (error / error.numel()).sum_to_size(prediction.shape)
-        ctx.control.note(cost)
-        return residual, error, None
+        ctx.control.note(cost, counted)
+        return residual, error, None, None

@@ -53,6 +53,15 @@ class GuideModule(AutoGuide):
             )
         return cast("Network", network)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What ``to``, ``double`` and the like do: inputs are expected where the guide goes."""
+        super()._apply(fn, recurse)
+        if self.is_set_up:
+            sources = {encoding.source for part in self.network.parts for encoding in part.encodings}
+            for source in sources:
+                source.follow(fn)
+        return self
+
     @property
     def is_set_up(self) -> bool:
         """Whether the guide has read its model and built its parameters."""

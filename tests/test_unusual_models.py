@@ -241,3 +241,25 @@ def test_a_last_batch_of_one_row(tmp_path):
     with xarray.open_dataset(path, group="constant_data", engine="h5netcdf") as found:
         assert found["x"].dims == ("row",)
         assert found["x"].values.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+# --- guides that move
+
+
+def wide_model(x):
+    with pyro.plate("row", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+
+def test_a_guide_that_became_double_reads_doubles():
+    x = torch.randn(5, 2)
+    guide = AmortizedGuide(wide_model).setup(x)
+    single = guide.median(x)["z"]
+    assert guide.double() is guide
+    double = guide.median(x.double())["z"]
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), single)
+    with pytest.raises(TypeError, match=r"float32 on cpu, but the guide was set up with torch.float64"):
+        guide.median(x)
+    assert math.isfinite(float(guide.posterior(x.double(), num_draws=30).elbo.sum()))

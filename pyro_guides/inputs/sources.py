@@ -68,7 +68,7 @@ class Source:
 
     label: str
     get: Callable[..., Any]
-    fields: Mapping[str, Field]
+    fields: dict[str, Field]
     plates: tuple[str, ...]
     argument: int | str | None = None
     site: str | None = None
@@ -93,6 +93,12 @@ class Source:
             tensors[key].shape[f.plates.index(plate)] for key, f in self.fields.items() if plate in f.plates
         ]
         return sizes[0]
+
+    def follow(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Expect inputs of the dtype and on the device that a guide has moved to."""
+        for key, field in self.fields.items():
+            moved = move(torch.empty((), dtype=field.dtype, device=field.device))
+            self.fields[key] = replace(field, dtype=moved.dtype, device=moved.device)
 
     def cut(self, plates: Collection[str]) -> Source:
         """The same inputs, with trailing plates other than these taken for features."""

@@ -229,6 +229,18 @@ def crossed(x):
         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+def around(noise):
+    """Rows around a mean that they share, seen with some noise: all is normal."""
+
+    def model(x):
+        mean = pyro.sample("mean", dist.Normal(torch.zeros((), **F64), 10.0))
+        with pyro.plate("row", len(x)):
+            z = pyro.sample("z", dist.Normal(mean, 1.0))
+            pyro.sample("x", dist.Normal(z, noise), obs=x)
+
+    return model
+
+
 def nested(x):
     """Plates inside plates, each with a latent."""
     with pyro.plate("rows", x.shape[0], dim=-2):

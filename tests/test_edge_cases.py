@@ -6,7 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import F64
+from models import F64, around
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_guides import (
@@ -133,11 +133,7 @@ def test_a_start_that_fails_is_given_up(caplog):
     assert float(guide.median(x)["s"]) == pytest.approx(float(x.mean()), abs=0.3)
 
 
-def hierarchy(x):
-    mean = pyro.sample("mean", dist.Normal(torch.zeros((), **F64), 10.0))
-    with pyro.plate("row", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+hierarchy = around(1.0)
 
 
 def test_the_ladder_judges_what_rows_share_by_the_rows_of_training():

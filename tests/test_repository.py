@@ -134,7 +134,17 @@ ARROWS = {
         "saving",
         "structure",
     },
-    "starting": {"arguments", "families", "groups", "guide", "heads", "network", "posterior", "structure"},
+    "starting": {
+        "arguments",
+        "distributions",
+        "families",
+        "groups",
+        "guide",
+        "heads",
+        "network",
+        "posterior",
+        "structure",
+    },
 }
 # Training is sugar: nothing else may need it.
 ARROWS["training"] = {

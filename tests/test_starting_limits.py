@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from models import F64
+from models import F64, around
 from pyro import poutine
 
 from pyro_guides import AmortizedGuide, DeepSet, DiagonalNormal, FullRankNormal, fit
@@ -77,11 +77,7 @@ def test_a_support_that_moves_is_told_as_the_reason():
     assert found == {"'top'": "prior", "'z'": "left, support, mask or scale depend on other latents"}
 
 
-def hierarchy(x):
-    mean = pyro.sample("mean", dist.Normal(torch.zeros((), **F64), 10.0))
-    with pyro.plate("row", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+hierarchy = around(0.5)
 
 
 def test_to_start_again_forgets_what_amortized_groups_have_learned():

@@ -19,7 +19,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_guides.diagnostics.landscape import Landscape, StudentT, triangular_root
+from pyro_guides.diagnostics.landscape import Landscape, StudentT
+from pyro_guides.distributions import triangular_root
 from pyro_guides.posterior import Posterior
 from pyro_guides.posterior.sampling import take
 from pyro_guides.posterior.weighing import smoothed
@@ -69,4 +70,5 @@ def _fit(u: Tensor, log_weights: Tensor) -> StudentT:
     sd = (variance + 1e-6 * u.var(0) + 1e-12).sqrt()
     correlation = covariance / (sd.unsqueeze(-1) * sd.unsqueeze(-2))
     values, vectors = torch.linalg.eigh(trust * correlation + (1 - trust) * torch.eye(u.shape[-1]).to(u))
-    return StudentT(mean, sd.unsqueeze(-1) * triangular_root(values.clamp(min=1e-5), vectors))
+    root = triangular_root(vectors * values.clamp(min=1e-5).sqrt().unsqueeze(-2))
+    return StudentT(mean, sd.unsqueeze(-1) * root)

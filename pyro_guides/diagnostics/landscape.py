@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_guides.groups import lone_piece
 from pyro_guides.posterior.query import Query
 
-__all__ = ["Landscape", "StudentT", "triangular_root"]
+__all__ = ["Landscape", "StudentT"]
 
 _FREEDOM = 5.0  # degrees of freedom: tails that cover what a normal would miss
 
@@ -98,17 +98,6 @@ class Landscape:
     def _rows_first(self, x: Tensor) -> Tensor:
         """Move the dimensions of rows behind that of draws; ``x`` is ``(M, *batch, size)``."""
         return x.movedim([dim - 1 for dim in self._dims], list(range(1, 1 + len(self._dims))))
-
-
-def triangular_root(variances: Tensor, directions: Tensor) -> Tensor:
-    """The triangular root of a covariance ``(..., D, D)`` with these variances in these directions.
-
-    A QR decomposition finds it even where the variances differ by more than a Cholesky factorization can
-    take.
-    """
-    _, upper = torch.linalg.qr((directions * variances.sqrt().unsqueeze(-2)).mT)
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
-    return (upper * signs.unsqueeze(-1)).mT
 
 
 @final

@@ -16,7 +16,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from pyro_guides.diagnostics.landscape import Landscape, StudentT, triangular_root
+from pyro_guides.diagnostics.landscape import Landscape, StudentT
+from pyro_guides.distributions import triangular_root
 from pyro_guides.posterior import Posterior
 from pyro_guides.statistics import arguments
 
@@ -210,4 +211,4 @@ def _factor(landscape: Landscape, top: Tensor, narrow: Tensor) -> Tensor:
     hessian = -(hessian + hessian.mT) / 2
     values, vectors = torch.linalg.eigh(torch.nan_to_num(hessian, 0.0, 0.0, 0.0))
     values = values.clamp(min=0.05)  # flat and rising directions are given some width
-    return narrow.unsqueeze(-1) * triangular_root(values.reciprocal(), vectors)
+    return narrow.unsqueeze(-1) * triangular_root(vectors * values.reciprocal().sqrt().unsqueeze(-2))

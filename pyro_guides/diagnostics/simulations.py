@@ -154,11 +154,8 @@ def in_rows(query: Query, value: Tensor, site: Latent | Observed, lead: int = 0)
 
 def coordinates(query: Query, values: PerSite, lead: int = 0) -> Tensor:
     """Unconstrained values of all latents of each row, ``(..., n, D)``."""
-    is_live = query.guide._require_memory().is_live
     found = []
     for name, latent in query.latents.items():
-        # A support that depends on other latents is another one in each simulation.
-        u = values[name] if is_live(name) else latent.unconstrain(values[name])
-        rows = in_rows(query, u, latent, lead)
+        rows = in_rows(query, query.unconstrained(name, values[name]), latent, lead)
         found.append(rows.reshape(*rows.shape[: lead + 1], -1).double())
     return torch.cat(found, dim=-1).nan_to_num(0.0).clamp(-_LARGEST, _LARGEST)

@@ -10,6 +10,7 @@ from pyro_guides.distributions.scales import CholeskyScale as CholeskyScale
 from pyro_guides.distributions.scales import DiagonalScale as DiagonalScale
 from pyro_guides.distributions.scales import LowRankScale as LowRankScale
 from pyro_guides.distributions.scales import Scale as Scale
+from pyro_guides.distributions.scales import triangular_root as triangular_root
 from pyro_guides.distributions.sites import Joint as Joint
 from pyro_guides.distributions.sites import SiteDistribution as SiteDistribution
 from pyro_guides.distributions.transforms import bijection as bijection
@@ -29,4 +30,5 @@ __all__ = [
     "VectorMixture",
     "VectorNormal",
     "bijection",
+    "triangular_root",
 ]

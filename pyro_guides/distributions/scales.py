@@ -69,13 +69,8 @@ class Scale(ABC):
         return torch.stack(torch.broadcast_tensors(*images), dim=-1)
 
     def triangular_root(self) -> Tensor:
-        """The triangular L with L Lᵀ = S Sᵀ, ``(..., D, D)``.
-
-        By a QR decomposition of Sᵀ: S Sᵀ has twice as many digits between its largest and smallest values.
-        """
-        _, upper = torch.linalg.qr(self.matrix().mT)
-        signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
-        return (upper * signs.unsqueeze(-1)).mT
+        """The triangular L with L Lᵀ = S Sᵀ, ``(..., D, D)``."""
+        return triangular_root(self.matrix())
 
     def log_determinant(self) -> Tensor:
         r"""Log \|det S\| over the scored elements, ``(...)``."""
@@ -197,6 +192,17 @@ class LowRankScale(Scale):
         root = self.root.expand(*projected.shape[:-2], *self.root.shape[-2:])
         inner = torch.cholesky_solve(projected, root).squeeze(-1)
         return vector - _matvec(self.directions, inner)
+
+
+def triangular_root(matrix: Tensor) -> Tensor:
+    """The triangular root L of a covariance, L Lᵀ = M Mᵀ, from any other root M of it, ``(..., D, D)``.
+
+    A QR decomposition finds it even where variances differ by more than a Cholesky factorization can take:
+    M Mᵀ has twice as many digits between its largest and smallest values as M.
+    """
+    _, upper = torch.linalg.qr(matrix.mT)
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
+    return (upper * signs.unsqueeze(-1)).mT
 
 
 def _matvec(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -270,15 +270,16 @@ class Query:
 
     def central_draw(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The draw closest to the centre, on unconstrained scales in units of their spread."""
-        parts = [
-            value if self.is_live(name) else self.structure.latents[name].unconstrain(value)
-            for name, value in draws.items()
-        ]
+        parts = [self.unconstrained(name, value) for name, value in draws.items()]
         u = torch.cat([part.reshape(len(part), -1) for part in parts], dim=-1)
         distance = ((u - u.mean(0)) / (u.std(0, correction=0) + 1e-12)).square().sum(-1)
         return {name: value[int(distance.argmin())] for name, value in draws.items()}
 
     # --- values and shapes
+
+    def unconstrained(self, name: str, value: Tensor) -> Tensor:
+        """Unconstrained values of a latent; the values themselves if its support differs between draws."""
+        return value if self.is_live(name) else self.structure.latents[name].unconstrain(value)
 
     def checked(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """A given value with a dimension for draws on the left."""

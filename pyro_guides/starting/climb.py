@@ -20,6 +20,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from pyro_guides.distributions import triangular_root
 from pyro_guides.starting.density import Density
 
 __all__ = ["Normal", "best_normal", "peaks", "relaxed"]
@@ -258,14 +259,5 @@ def _positive(precision: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
     values = values.abs().clamp(min=least)
     directions = vectors * unit.unsqueeze(-1)
     positive = (directions * values.unsqueeze(-2)) @ directions.mT
-    return positive.to(precision), _root(1.0 / values, vectors / unit.unsqueeze(-1)).to(precision)
-
-
-def _root(variances: Tensor, directions: Tensor) -> Tensor:
-    """The triangular root of a covariance with these variances in these directions.
-
-    By a QR decomposition, which takes variances that differ by more than a Cholesky factorization can.
-    """
-    _, upper = torch.linalg.qr((directions * variances.sqrt().unsqueeze(-2)).mT)
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(upper)
-    return (upper * signs.unsqueeze(-1)).mT
+    root = triangular_root(vectors / unit.unsqueeze(-1) * (1.0 / values).sqrt().unsqueeze(-2))
+    return positive.to(precision), root.to(precision)

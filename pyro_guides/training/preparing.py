@@ -6,7 +6,7 @@ import inspect
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from pyro.infer import ELBO
@@ -90,12 +90,12 @@ def sources(
     )
 
 
-def _can_be_split(train: Source) -> bool:
+def _can_be_split(train: Source) -> TypeGuard[Rows | Loaded]:
     return isinstance(train, Rows) or (isinstance(train, Loaded) and train.can_be_split)
 
 
 def _split(train: Source, share: float, seed: int) -> tuple[Source, Source]:
-    if isinstance(train, Rows) or (isinstance(train, Loaded) and train.can_be_split):
+    if _can_be_split(train):
         return train.split(share, randomness.seed_of(seed, 5))
     what = "a DataLoader of its own order" if isinstance(train, Loaded) else "batch_size=None"
     raise ValueError(
